@@ -1,0 +1,478 @@
+"""Stage 1, generic distillation: a small MAE learns the hidden features of a large MAE's decoder, without labels.
+
+Paper:   G2SD (Huang, Peng et al., CVPR 2023, arXiv 2302.14771), Sec. 3.2; supplement Sec. 1.1; targets as in Table 4
+Reads:   --data_path   folder of images; its `train` subfolder if there is one; classes are not used
+         --teacher_path   a complete MAE, encoder and decoder: mae_pretrain_vit_base_full.pth from MAE's repository
+8 GPUs:  torchrun --nproc_per_node=8 generic_distill.py --data_path IMAGENET --teacher_path mae_pretrain_vit_base_full.pth
+CPU:     python tools/toy_data.py --out toy --only imagenet && python generic_distill.py --data_path toy/imagenet \
+         --target pixel --model mae_vit_nano_patch8 --input_size 48 --batch_size 64 --accum_iter 1 --epochs 4 --warmup_epochs 1
+Writes:  output_dir/checkpoint.pth (for --finetune of stage 2), log.txt (one JSON object per epoch), args.json
+MAE itself is `--target pixel`, without a teacher: that is how a teacher for your own data is made.
+"""
+import argparse
+import contextlib
+import json
+import math
+import os
+import shlex
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.utils import init_distributed_device
+from torchvision import transforms
+
+import models
+
+# the authors' code, except 300 epochs: supplement Sec. 1.1; `pixel` is MAE's own pre-training recipe
+RECIPES = {
+    'distillation': {'epochs': 300, 'warmup_epochs': 10, 'min_lr': 2.5e-6},
+    'pixel': {'epochs': 800, 'warmup_epochs': 40, 'min_lr': 0.0},
+}
+AMP_DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'off': None}
+PAPER_BATCH = 4096
+
+
+def get_args_parser():
+    """All flags with the paper's values as defaults; building it touches neither network nor GPU."""
+    parser = argparse.ArgumentParser(
+        description='G2SD stage 1: generic distillation (and MAE pre-training with --target pixel)', allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    group = parser.add_argument_group('distillation')
+    group.add_argument('--target', default='feature', choices=['feature', 'recon', 'recon_gt', 'pixel'],
+                       help='what the student predicts (Table 4): decoder features, the teacher\'s reconstruction, that and '
+                            'the true pixels, or the true pixels alone (MAE, no teacher)')
+    group.add_argument('--teacher_model', default='mae_vit_base_patch16', help='name of the teacher')
+    group.add_argument('--teacher_path', help='checkpoint of the teacher, path or https URL; it must hold the decoder')
+    group.add_argument('--target_layer', type=int, default=4, help='teacher decoder block to imitate, 1-based')
+    group.add_argument('--supervise', default='all', choices=['all', 'masked'],
+                       help='tokens in the feature loss: all (visible, hidden, class) or the hidden patches alone')
+    group.add_argument('--mask_ratio', type=float, default=0.75, help='share of hidden patches (Table 5)')
+    group.add_argument('--norm_pix_loss', action=argparse.BooleanOptionalAction, default=True,
+                       help='true pixels are normalised per patch (recon_gt, pixel): as the teacher was trained')
+
+    group = parser.add_argument_group('model')
+    group.add_argument('--model', default='mae_vit_small_patch16_dec256d4b', help='the network that learns')
+    group.add_argument('--input_size', type=int, nargs='+', default=[224], help='pixels: one side, or height and width')
+
+    group = parser.add_argument_group('optimisation')
+    group.add_argument('--batch_size', type=int, default=256, help='images per process and step')
+    group.add_argument('--accum_iter', type=int, default=2, help='steps whose gradients are summed into one update')
+    group.add_argument('--epochs', type=int, help='300, or 800 with --target pixel')
+    group.add_argument('--warmup_epochs', type=int, help='epochs of linear warm-up: 10, or 40 with --target pixel')
+    group.add_argument('--blr', type=float, default=1.5e-4, help='learning rate per 256 images of the effective batch')
+    group.add_argument('--lr', type=float, help='absolute learning rate; overrides --blr')
+    group.add_argument('--min_lr', type=float, help='end of the cosine: 2.5e-6, or 0 with --target pixel')
+    group.add_argument('--weight_decay', type=float, default=0.05, help='AdamW weight decay, none on 1-D parameters')
+    group.add_argument('--clip_grad', type=float, help='largest gradient norm; not clipped unless given')
+
+    group = parser.add_argument_group('data')
+    group.add_argument('--data_path', help='folder of images (or of the CIFAR files)')
+    group.add_argument('--data_set', default='folder', choices=['folder', 'CIFAR10', 'CIFAR100'], help='format of the data')
+    group.add_argument('--skip_bad_images', action='store_true', help='go on past unreadable images, named and counted')
+
+    group = parser.add_argument_group('run')
+    group.add_argument('--output_dir', default='output_dir', help='where checkpoint.pth, log.txt and args.json go')
+    group.add_argument('--resume', help='checkpoint to go on from, or auto: the one in --output_dir if there is one')
+    group.add_argument('--save_every', type=int, default=0, help='also keep checkpoint-N.pth every so many epochs; 0: never')
+    group.add_argument('--print_freq', type=int, default=50, help='steps between printed lines')
+    group.add_argument('--num_workers', type=int, default=10, help='data-loading processes per training process')
+    group.add_argument('--seed', type=int, default=0, help='seed of everything random')
+    group.add_argument('--device', help='cuda, cpu ...; cuda where there is one unless given')
+    group.add_argument('--amp', choices=['bf16', 'fp16', 'off'],
+                       help='autocast type; by default bf16 where the GPU has it, else fp16, and off on a CPU')
+    return parser
+
+
+def resolve_recipe(args):
+    """Fills in what depends on --target; a flag given by hand wins."""
+    recipe = 'pixel' if args.target == 'pixel' else 'distillation'
+    for flag, value in RECIPES[recipe].items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, value)
+    models.say(f'recipe: {"MAE pre-training" if recipe == "pixel" else "G2SD stage 1"}')
+
+
+class ViewAndNoise:
+    """PIL image -> (augmented image (3, H, W), mask noise (L,)): the noise belongs to the sample, see `models.SeededDataset`."""
+
+    def __init__(self, input_size, num_patches):
+        self.num_patches = num_patches
+        self.augment = transforms.Compose([
+            transforms.RandomResizedCrop(input_size, scale=(0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])
+
+    def __call__(self, image):
+        return self.augment(image), torch.rand(self.num_patches)
+
+
+class FlatFolder(torchvision.datasets.ImageFolder):
+    """All images below a folder, as one class."""
+
+    def find_classes(self, directory):
+        return ['.'], {'.': 0}
+
+
+def build_data(args, num_patches):
+    """Training loader of ((images, noise), label, unreadable files); raises InputError if there are too few images."""
+    if not args.data_path:
+        raise models.InputError('--data_path is missing: a folder of images, for ImageNet the one that holds train/')
+    if args.data_set == 'folder':
+        root = Path(args.data_path)
+        root = root / 'train' if (root / 'train').is_dir() else root
+        if not root.is_dir():
+            raise models.InputError(f'--data_path: there is no folder {root}')
+        labelled = any(entry.is_dir() for entry in os.scandir(root))
+        try:
+            dataset = (torchvision.datasets.ImageFolder if labelled else FlatFolder)(root)
+        except FileNotFoundError as error:
+            raise models.InputError(f'--data_path: {str(error).splitlines()[0]}') from error
+    else:
+        dataset = models.load_cifar(args, train=True)
+    dataset = models.SeededDataset(dataset, ViewAndNoise(args.input_size, num_patches), args.seed)
+    sampler = models.EpochSampler(len(dataset), args)
+    return torch.utils.data.DataLoader(
+        dataset, batch_size=args.batch_size, sampler=sampler, num_workers=args.num_workers,
+        pin_memory=args.device.startswith('cuda'), persistent_workers=args.num_workers > 0)
+
+
+def feature_loss(pred, target, beta=2.0):
+    """Smooth-L1 distance between student predictions and layer-normalised teacher features.
+
+    pred, target: (N, T, D), any float dtype, computed in float32; T counts every token that is supervised.
+    Returns a scalar, the mean over N, T, D. Raises ValueError if the shapes differ.
+    Source: G2SD, generic distillation; LayerNorm without affine and beta = 2.0 from the authors' code.
+    """
+    if pred.shape != target.shape:
+        raise ValueError(f'prediction {tuple(pred.shape)} and target {tuple(target.shape)} differ in shape')
+    target = F.layer_norm(target.float(), target.shape[-1:], eps=1e-6)
+    return F.smooth_l1_loss(pred.float(), target, beta=beta)
+
+
+def recon_loss(pred, target, mask, beta=2.0):
+    """Smooth-L1 distance to the teacher's reconstruction at hidden patches (Table 4, row 2).
+
+    pred, target: (N, L, p*p*3); mask: (N, L), 1 = hidden. Returns a scalar in float32; no LayerNorm (ours).
+    """
+    hidden = mask.bool()
+    return F.smooth_l1_loss(pred.float()[hidden], target.float()[hidden], beta=beta)
+
+
+def pixel_loss(pred, pixels, mask, norm_pix_loss=True):
+    """MAE's loss: mean squared error at hidden patches.
+
+    pred, pixels: (N, L, p*p*3); mask: (N, L), 1 = hidden. With norm_pix_loss each true patch is first brought to mean 0
+    and variance 1 (unbiased variance, + 1e-6, as in MAE). Returns a scalar in float32.
+    """
+    pixels = pixels.float()
+    if norm_pix_loss:
+        pixels = (pixels - pixels.mean(-1, keepdim=True)) / (pixels.var(-1, keepdim=True) + 1e-6).sqrt()
+    hidden = mask.bool()
+    return F.mse_loss(pred.float()[hidden], pixels[hidden])
+
+
+def stage_losses(model, teacher, images, masking, args):
+    """The terms of the chosen --target, by name; their sum is minimised. `model` may be wrapped by DDP."""
+    pred = model(images, masking)  # (N, 1+L, target_dim), or (N, L, p*p*3) with --target pixel
+    if args.target == 'feature':
+        with torch.no_grad():
+            target = teacher.decoder_features(images, masking, args.target_layer)  # under the student's own mask
+        if args.supervise == 'masked':
+            hidden = masking.ids_restore >= masking.ids_keep.shape[1]  # (N, L), equally many in each image
+            pred, target = (x[:, 1:][hidden].unflatten(0, (len(x), -1)) for x in (pred, target))
+        return {'loss_feature': feature_loss(pred, target)}
+    pixels = model.module if args.distributed else model
+    pixels = pixels.patchify(images)
+    if args.target == 'pixel':
+        return {'loss_pixel': pixel_loss(pred, pixels, masking.mask, args.norm_pix_loss)}
+    with torch.no_grad():
+        target = teacher.reconstruct(images, masking)
+    pred = pred[:, 1:]  # class token dropped
+    losses = {'loss_recon': recon_loss(pred, target, masking.mask)}
+    if args.target == 'recon_gt':  # equal weights: ours, the paper does not state them
+        losses['loss_pixel'] = pixel_loss(pred, pixels, masking.mask, args.norm_pix_loss)
+    return losses
+
+
+def train_one_epoch(model, teacher, loader, optimizer, scheduler, scaler, progress, device, epoch, args):
+    """One pass over this process's share of the data; `progress` keeps the means and stops at a non-finite loss."""
+    model.train()
+    for step, ((images, noise), _, bad_files) in progress.watch(loader, epoch):
+        progress.check_files(bad_files)
+        if step % args.accum_iter == 0:
+            scheduler.step(epoch + step / len(loader))
+        images, noise = (x.to(device, non_blocking=True) for x in (images, noise))
+        masking = models.random_masking(noise, args.mask_ratio)
+        models.seed_everything(args.seed, epoch, step, args.rank)
+        update = (step + 1) % args.accum_iter == 0
+        with model.no_sync() if args.distributed and not update else contextlib.nullcontext():
+            with torch.autocast(device.type, dtype=AMP_DTYPES[args.amp], enabled=args.amp != 'off'):
+                losses = stage_losses(model, teacher, images, masking, args)
+                loss = sum(losses.values())
+            scaler.scale(loss / args.accum_iter).backward()
+        if update:
+            scaler.unscale_(optimizer)
+            progress.grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        progress.add(optimizer, loss=loss, **losses)
+    return progress.means()
+
+
+# ---- shared by all scripts, byte-equal: tests/test_shared.py ---------------------------------------------------------
+
+
+
+class Progress:
+    """Means of an epoch, kept on the device: one host sync per printed line, where a failed run is stopped, too."""
+
+    def __init__(self, args):
+        self.args, self.named = args, set()
+
+    def watch(self, loader, epoch):
+        """Yields (step, batch), measures how long the loop waits for data, and prints every --print_freq steps."""
+        self.epoch, self.steps, self.step = epoch, len(loader), 0
+        self.rows, self.sums, self.skipped, self.waited, self.grad_norm = [], 0.0, 0, 0.0, torch.zeros(())
+        self.start = ready = time.time()
+        for self.step, batch in enumerate(loader):
+            self.waited += time.time() - ready
+            yield self.step, batch
+            if (self.step + 1) % self.args.print_freq == 0 or self.step + 1 == self.steps:
+                self.flush()
+            ready = time.time()
+
+    def check_files(self, bad_files):
+        """Stops at an unreadable image, or names it once and counts it with --skip_bad_images."""
+        for name in '\n'.join(filter(None, bad_files)).splitlines():
+            if not self.args.skip_bad_images:
+                raise models.InputError(f'cannot read {name}: mend or remove the file, or pass --skip_bad_images')
+            self.skipped += 1
+            if name not in self.named:
+                print(f'skipped: {name}', flush=True)
+                self.named.add(name)
+
+    def add(self, optimizer, **terms):
+        """Keeps one step's scalars, `loss` and its parts, without a host sync."""
+        self.names, self.lr = list(terms), max(group['lr'] for group in optimizer.param_groups)
+        self.rows.append(torch.stack([term.detach().float() for term in terms.values()]))
+
+    def flush(self):
+        rows = torch.stack(self.rows)  # (steps since the last line, terms)
+        if self.args.distributed:
+            dist.all_reduce(rows)
+        rows, norm = rows.double().cpu() / self.args.world_size, self.grad_norm.item()
+        failed = (~rows.isfinite()).any(1).nonzero()
+        # fp16 skips an update whose gradient overflowed; otherwise it has just ruined the weights
+        if len(failed) or (self.args.amp != 'fp16' and not math.isfinite(norm)):
+            bad = int(failed[0]) if len(failed) else len(rows) - 1
+            parts = ', '.join(f'{name} {value:.4g}' for name, value in zip(self.names, rows[bad].tolist()))
+            raise FloatingPointError(f'not finite at epoch {self.epoch} step {self.step + 1 - len(rows) + bad}: {parts}, '
+                                     f'grad_norm {norm:.4g}. The last checkpoint is kept; lower the learning rate')
+        self.rows, self.sums = [], self.sums + rows.sum(0)
+        done, spent = self.step + 1, time.time() - self.start
+        left = (self.args.epochs - self.epoch) * self.steps - done
+        models.say(f'epoch {self.epoch + 1}/{self.args.epochs} step {done}/{self.steps}',
+                   *(f'{name} {value:.4f}' for name, value in zip(self.names, rows.mean(0).tolist())),
+                   f'lr {self.lr:.3g} grad_norm {norm:.3g}',
+                   f'{done * self.args.batch_size * self.args.world_size / spent:.0f} images/s',
+                   f'data {self.waited / spent:.0%} eta {timedelta(seconds=int(left * spent / done))}')
+
+    def means(self):
+        """The epoch's means under the names of log.txt."""
+        skipped = torch.tensor(float(self.skipped), device=self.args.device)
+        if self.args.distributed:
+            dist.all_reduce(skipped)
+        return {**{f'train_{name}': value for name, value in zip(self.names, (self.sums / self.steps).tolist())},
+                'train_lr': self.lr, 'train_images_per_second': round(
+                    self.steps * self.args.batch_size * self.args.world_size / (time.time() - self.start), 1),
+                **({'train_skipped_images': int(skipped)} if self.args.skip_bad_images else {})}
+
+
+
+def start_run(args):
+    """Checks the common flags and the output folder, joins the other processes, prints where the run comes from.
+
+    Returns the device. Sets args.rank, .world_size, .distributed, .device, .amp. Raises InputError; writes nothing.
+    """
+    args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    if args.device.startswith('cuda') and not torch.cuda.is_available():
+        raise models.InputError(f'--device {args.device}: this machine has no usable GPU')
+    if len(args.input_size) > 2 or min(args.input_size) < 1:
+        raise models.InputError('--input_size takes one positive number, or height and width')
+    args.input_size = (args.input_size * 2)[:2]
+    for flag in ('batch_size', 'accum_iter', 'print_freq'):
+        if getattr(args, flag) < 1:
+            raise models.InputError(f'--{flag} must be at least 1')
+    for flag in ('seed', 'num_workers', 'save_every'):
+        if getattr(args, flag) < 0:
+            raise models.InputError(f'--{flag} must not be negative')
+    used = [name for name in ('checkpoint.pth', 'log.txt', 'args.json') if (Path(args.output_dir) / name).exists()]
+    if used and not args.resume:
+        raise models.InputError(f'--output_dir {args.output_dir} holds another run ({", ".join(used)}): choose another '
+                                'folder, or go on with it by --resume auto')
+    device = init_distributed_device(args)
+    args.amp = args.amp or ('off' if device.type != 'cuda' else 'bf16' if torch.cuda.is_bf16_supported(False) else 'fp16')
+    if args.amp == 'fp16' and device.type != 'cuda':
+        raise models.InputError('--amp fp16 needs a GPU; take bf16 or off')
+    git = ['git', '-C', str(Path(__file__).resolve().parent)]
+    commit, changes = (subprocess.run(git + words, check=False, capture_output=True, text=True).stdout.strip()
+                       for words in (['rev-parse', '--short', 'HEAD'], ['status', '--porcelain', '-uno']))
+    models.say(f'command: {shlex.join(sys.argv)}\ncommit {commit or "unknown"}{" with changes" if changes else ""}, '
+               f'torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}, '
+               f'{args.world_size} x {torch.cuda.get_device_name() if device.type == "cuda" else device.type}, amp {args.amp}')
+    return device
+
+
+
+def scale_lr(args, paper_batch):
+    """Sets args.lr = blr * effective batch / 256 (MAE's rule) unless --lr was given, and prints the resolved recipe."""
+    batch = args.batch_size * args.accum_iter * args.world_size
+    args.lr = args.blr * batch / 256 if args.lr is None else args.lr
+    if not 0 <= args.warmup_epochs < args.epochs:
+        raise models.InputError(f'--warmup_epochs {args.warmup_epochs} must be at least 0 and below --epochs {args.epochs}')
+    models.say('arguments:', ' '.join(f'{name}={value}' for name, value in vars(args).items()))
+    models.say(f'effective batch {batch} = {args.batch_size} x {args.accum_iter} steps x {args.world_size} processes, '
+               f'lr {args.lr:.3g}')
+    if batch != paper_batch:
+        models.say(f'note: the effective batch is not the paper\'s {paper_batch}')
+
+
+
+def save_checkpoint(args, epoch, model, optimizer, scaler, classes, seconds):
+    """Writes output_dir/checkpoint.pth, and checkpoint-N.pth every --save_every epochs, each atomically, from rank 0."""
+    if args.rank:
+        return
+    state = {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
+             'epoch': epoch, 'args': vars(args), 'classes': classes, 'train_seconds': seconds}
+    names = ['checkpoint.pth']
+    if args.save_every and (epoch + 1) % args.save_every == 0:
+        names.append(f'checkpoint-{epoch}.pth')
+    for name in names:
+        path = Path(args.output_dir) / name
+        with open(f'{path}.tmp', 'wb') as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f'{path}.tmp', path)
+
+
+def resume_checkpoint(args, model, optimizer, scaler, classes):
+    """Loads --resume (a path, or auto) exactly; returns (first epoch to run, training seconds so far).
+
+    Raises InputError if the file is no checkpoint of such a run, or of other classes. Says which arguments differ.
+    """
+    path = Path(args.output_dir) / 'checkpoint.pth' if args.resume == 'auto' else args.resume
+    if not path or (args.resume == 'auto' and not path.exists()):
+        return 0, 0.0
+    checkpoint = models.read_checkpoint(path)
+    lacking = [key for key in ('model', 'optimizer', 'scaler', 'epoch', 'args') if key not in checkpoint]
+    if lacking:
+        raise models.InputError(f'{path} cannot be resumed: it has no {lacking[0]!r}; --finetune starts from weights')
+    models.load_exactly(model, checkpoint['model'], path)
+    models.check_classes(checkpoint.get('classes'), classes, path)
+    try:
+        optimizer.load_state_dict(checkpoint['optimizer'])
+    except (ValueError, KeyError) as error:
+        raise models.InputError(f'{path} cannot be resumed: the optimizer has other groups ({error})') from error
+    scaler.load_state_dict(checkpoint['scaler'])
+    changed = [name for name, value in checkpoint['args'].items() if getattr(args, name, value) != value]
+    changed = [name for name in changed if name not in ('resume', 'output_dir', 'rank', 'local_rank')]
+    models.say(f'resumed {path} after epoch {checkpoint["epoch"] + 1}' +
+               ''.join(f'; {name} is {getattr(args, name)}, was {checkpoint["args"][name]}' for name in changed))
+    return checkpoint['epoch'] + 1, checkpoint['train_seconds']
+
+
+def open_log(args, start_epoch):
+    """Writes args.json, and drops lines of log.txt that belong to epochs which will be run again; rank 0."""
+    if args.rank:
+        return
+    output = Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / 'args.json').write_text(json.dumps(vars(args), indent=2) + '\n')
+    lines = (output / 'log.txt').read_text().splitlines() if (output / 'log.txt').exists() else []
+    kept = [line for line in lines if line.endswith('}') and json.loads(line)['epoch'] < start_epoch]
+    (output / 'log.txt').write_text(''.join(line + '\n' for line in kept))
+
+
+def write_log(args, stats):
+    """Appends one JSON object to log.txt; rank 0."""
+    if not args.rank:
+        with open(Path(args.output_dir) / 'log.txt', 'a') as file:
+            file.write(json.dumps(stats) + '\n')
+
+
+# ---- end of the shared helpers ---------------------------------------------------------------------------------------
+
+
+def main(args):
+    # 1. process group, device, seed
+    device = start_run(args)
+    resolve_recipe(args)
+    models.seed_everything(args.seed)
+    # 2. data
+    patch = models.parse_name(args.model).patch
+    height, width = models.check_img_size(args.input_size, patch)
+    loader = build_data(args, height // patch * (width // patch))
+    # 3. teacher: strict load, eval mode, no gradients
+    teacher, target_dim = None, None
+    if args.target != 'pixel':
+        if not args.teacher_path:
+            raise models.InputError(f'--teacher_path is missing: {models.DECODER_HELP}; for MAE pre-training without a '
+                                    'teacher pass --target pixel')
+        teacher = models.create_mae(args.teacher_model, args.input_size)
+        if teacher.patch_embed.num_patches != loader.dataset.transform.num_patches:
+            raise models.InputError(f'{args.model} and {args.teacher_model} differ in patch size: they share one mask')
+        if not 1 <= args.target_layer <= len(teacher.decoder_blocks):
+            raise models.InputError(f'--target_layer {args.target_layer}: {args.teacher_model} has decoder blocks 1 to '
+                                    f'{len(teacher.decoder_blocks)}')
+        teacher = models.load_teacher(teacher, args.teacher_path).to(device)
+        target_dim = teacher.decoder_dim if args.target == 'feature' else teacher.pixel_dim
+    # 4. student
+    model_without_ddp = models.create_mae(args.model, args.input_size, target_dim).to(device)
+    models.random_masking(torch.rand(1, loader.dataset.transform.num_patches), args.mask_ratio)  # refuses a bad ratio now
+    model = model_without_ddp
+    if args.distributed:
+        model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
+    # 5. optimizer, schedule, loss scaler
+    scale_lr(args, PAPER_BATCH)
+    optimizer = create_optimizer_v2(model_without_ddp, opt='adamw', lr=args.lr, weight_decay=args.weight_decay,
+                                    betas=(0.9, 0.95))  # MAE's betas
+    scheduler = CosineLRScheduler(optimizer, t_initial=args.epochs - args.warmup_epochs, lr_min=args.min_lr,
+                                  warmup_t=args.warmup_epochs, warmup_lr_init=0.0, warmup_prefix=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
+    # 6. resume
+    start_epoch, seconds = resume_checkpoint(args, model_without_ddp, optimizer, scaler, None)
+    open_log(args, start_epoch)
+    # 7. epochs: train, evaluate, save, log
+    progress = Progress(args)
+    for epoch in range(start_epoch, args.epochs):
+        loader.sampler.epoch = epoch
+        started = time.time()
+        stats = train_one_epoch(model, teacher, loader, optimizer, scheduler, scaler, progress, device, epoch, args)
+        seconds += time.time() - started
+        write_log(args, {'epoch': epoch, **stats, 'train_seconds': round(seconds, 2)})
+        save_checkpoint(args, epoch, model_without_ddp, optimizer, scaler, None, seconds)
+    models.say(f'done: {args.epochs} epochs, {timedelta(seconds=int(seconds))} of training, {args.output_dir}/checkpoint.pth')
+
+
+if __name__ == '__main__':
+    try:
+        main(get_args_parser().parse_args())
+    except (models.InputError, FloatingPointError) as error:
+        sys.exit(f'error: {error}')
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

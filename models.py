@@ -1,0 +1,617 @@
+"""What several stages build: the networks, the mask, strict checkpoint reading, and data whose draws can be repeated.
+
+One class per role: `MaskedAutoencoder` is an MAE (the stage-1 teacher) or, with `target_dim`, a G2SD student; timm's vision
+transformers are the stage-2 networks. State-dict names follow MAE and timm, so that published checkpoints load without a table.
+Sources: He et al., "Masked Autoencoders Are Scalable Vision Learners" (CVPR 2022); Huang, Peng et al., "Generic-to-Specific
+Distillation of Masked Autoencoders" (CVPR 2023); Touvron et al., "Training data-efficient image transformers" (ICML 2021).
+"""
+import argparse
+import os
+import random
+import re
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torchvision
+from timm.layers import Mlp, PatchEmbed, resample_abs_pos_embed, to_2tuple, trunc_normal_
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+
+
+class InputError(ValueError):
+    """Something that the user gave cannot work. The scripts print it as one line and exit with an error status."""
+
+
+def say(*words):
+    """print() on the first process only, at once."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(*words, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- names
+
+
+class Size(NamedTuple):
+    dim: int
+    depth: int
+    heads: int
+    decoder_dim: int      # of `mae_vit_<size>_patchN` without a `_decXdYb` ending
+    decoder_depth: int
+
+
+SIZES = {
+    'huge': Size(1280, 32, 16, 512, 8),
+    'large': Size(1024, 24, 16, 512, 8),
+    'base': Size(768, 12, 12, 512, 8),       # the paper's teacher
+    'small': Size(384, 12, 6, 256, 4),       # the paper's students: small and tiny
+    'tiny': Size(192, 12, 3, 128, 4),
+    # below the paper's sizes, for 32-pixel images, CPUs and tests
+    'mini': Size(192, 6, 6, 128, 4),
+    'micro': Size(128, 6, 4, 96, 4),
+    'nano': Size(64, 4, 2, 64, 2),
+    'pico': Size(32, 2, 2, 32, 2),
+}
+
+
+class Name(NamedTuple):
+    size: Size
+    patch: int
+    decoder_dim: int
+    decoder_depth: int
+    is_mae: bool
+
+
+def parse_name(name):
+    """`mae_vit_small_patch16_dec256d4b`, `mae_vit_base_patch16` or `vit_small_patch16` -> Name. Raises InputError."""
+    match = re.fullmatch(r'(mae_)?vit_([a-z]+)_patch(\d+)(?:_dec(\d+)d(\d+)b)?', name)
+    if not match or match[2] not in SIZES or int(match[3]) == 0 or (match[4] and not match[1]):
+        raise InputError(f'unknown model name {name!r}: expected vit_SIZE_patchP, mae_vit_SIZE_patchP or '
+                         f'mae_vit_SIZE_patchP_decWIDTHdBLOCKSb with SIZE one of {", ".join(SIZES)}')
+    size = SIZES[match[2]]
+    decoder_dim, decoder_depth = int(match[4] or size.decoder_dim), int(match[5] or size.decoder_depth)
+    if decoder_dim % 32 or not decoder_dim or not decoder_depth:
+        raise InputError(f'{name!r}: the decoder width must be a positive multiple of 32 and it needs a block')
+    return Name(size, int(match[3]), decoder_dim, decoder_depth, bool(match[1]))
+
+
+def check_img_size(img_size, patch):
+    """int or (height, width) -> (height, width), both multiples of the patch; raises InputError otherwise."""
+    height, width = to_2tuple(img_size)
+    if height < patch or width < patch or height % patch or width % patch:
+        raise InputError(f'input size {height}x{width} is not divisible by the patch size {patch}: '
+                         f'choose multiples of {patch}, or a model with another patch')
+    return height, width
+
+
+# ------------------------------------------------------------------------------------------------- masked autoencoder
+
+
+class Masking(NamedTuple):
+    ids_keep: torch.Tensor      # (N, K) patch indices that the encoder sees
+    ids_restore: torch.Tensor   # (N, L) where each patch went in the shuffled order
+    mask: torch.Tensor          # (N, L) float, 0 = kept, 1 = hidden
+
+
+def random_masking(noise, mask_ratio):
+    """The patches with the smallest noise stay visible (MAE, Sec. 3).
+
+    noise: (N, L) in [0, 1). Keeps int(L * (1 - mask_ratio)) patches of each image; `Masking` says what comes back.
+    Raises InputError if that hides nothing or everything.
+    """
+    length = noise.shape[1]
+    keep = int(length * (1 - mask_ratio))
+    if not 0 < keep < length:
+        raise InputError(f'--mask_ratio {mask_ratio} keeps {keep} of {length} patches: some must be kept and some hidden')
+    ids_shuffle = torch.argsort(noise, dim=1)
+    ids_restore = torch.argsort(ids_shuffle, dim=1)
+    mask = torch.ones_like(noise)
+    mask[:, :keep] = 0
+    return Masking(ids_shuffle[:, :keep], ids_restore, mask.gather(1, ids_restore))
+
+
+def sincos_position_table(dim, grid_size):
+    """Fixed 2-D sine-cosine table, (1, 1 + H*W, dim) float32, with a zero row for the class token.
+
+    Channels are [sin x, cos x, sin y, cos y]: MAE lets the column go first, and released weights rely on it.
+    """
+    omega = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid_size), indexing='ij')
+    x, y = torch.outer(x.flatten(), omega), torch.outer(y.flatten(), omega)
+    table = torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)  # (H*W, dim)
+    return torch.cat([torch.zeros(1, dim, dtype=torch.float64), table])[None].float()
+
+
+def take(x, ids):
+    """Rows `ids` (N, K) of x (N, L, D): (N, K, D)."""
+    return x.gather(1, ids[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+class MaskedAutoencoder(nn.Module):
+    """MAE with a ViT encoder and a light ViT decoder; names of parameters as in MAE.
+
+    Without `target_dim` it predicts pixels (`decoder_norm`, `decoder_pred`): MAE itself, and the stage-1 teacher.
+    With `target_dim` it is a G2SD student: after its decoder blocks a 2-layer MLP, `feature_head`, predicts `target_dim`
+    numbers per token, with no norm in between (the authors' code). Every parameter that is held gets a gradient.
+    """
+
+    def __init__(self, img_size, patch_size, dim, depth, heads, decoder_dim, decoder_depth, target_dim=None):
+        super().__init__()
+        # the authors' code: 192 -> 8 and 64 -> 4 heads; MAE and every other width: width / 32
+        decoder_heads = {192: 8, 64: 4}.get(decoder_dim, decoder_dim // 32)
+        block = partial(Block, mlp_ratio=4.0, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+        self.patch_embed = PatchEmbed(img_size, patch_size, 3, dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(sincos_position_table(dim, self.patch_embed.grid_size), requires_grad=False)
+        self.blocks = nn.ModuleList(block(dim, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+        self.decoder_dim = decoder_dim
+        self.decoder_embed = nn.Linear(dim, decoder_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
+        self.decoder_pos_embed = nn.Parameter(
+            sincos_position_table(decoder_dim, self.patch_embed.grid_size), requires_grad=False)
+        self.decoder_blocks = nn.ModuleList(block(decoder_dim, decoder_heads) for _ in range(decoder_depth))
+        self.target_dim = target_dim
+        if target_dim is None:
+            self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
+            self.decoder_pred = nn.Linear(decoder_dim, self.pixel_dim)
+        else:
+            self.feature_head = Mlp(decoder_dim, target_dim, target_dim)
+        self.apply(self._init_weights)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # a view: treated as the linear layer that it is
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    @staticmethod
+    def _init_weights(module):
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.zeros_(module.bias)
+
+    @property
+    def pixel_dim(self):
+        """Numbers per patch: patch * patch * 3."""
+        return 3 * self.patch_embed.patch_size[0] * self.patch_embed.patch_size[1]
+
+    def patchify(self, images):
+        """(N, 3, H, W) -> (N, L, p*p*3): rows of patches, in each patch rows, columns, then colours."""
+        n, c, _, _ = images.shape
+        (h, w), (p, q) = self.patch_embed.grid_size, self.patch_embed.patch_size
+        return images.reshape(n, c, h, p, w, q).permute(0, 2, 4, 3, 5, 1).reshape(n, h * w, p * q * c)
+
+    def unpatchify(self, patches):
+        """(N, L, p*p*3) -> (N, 3, H, W), the inverse of `patchify`."""
+        (h, w), (p, q) = self.patch_embed.grid_size, self.patch_embed.patch_size
+        return patches.reshape(-1, h, w, p, q, 3).permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, h * p, w * q)
+
+    def encode(self, images, masking):
+        """(N, 3, H, W) -> (N, 1+K, D): class token and the kept patches, after the encoder's final norm."""
+        x = take(self.patch_embed(images) + self.pos_embed[:, 1:], masking.ids_keep)
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        x = torch.cat([cls_token, x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def decode(self, latent, masking, blocks):
+        """(N, 1+K, D) -> (N, 1+L, decoder_dim) after the given decoder blocks; mask tokens stand for hidden patches."""
+        x = self.decoder_embed(latent)
+        hidden = masking.ids_restore.shape[1] - masking.ids_keep.shape[1]
+        patches = torch.cat([x[:, 1:], self.mask_token.to(x.dtype).expand(len(x), hidden, -1)], dim=1)
+        x = torch.cat([x[:, :1], take(patches, masking.ids_restore)], dim=1) + self.decoder_pos_embed
+        for block in blocks:
+            x = block(x)
+        return x
+
+    def decoder_features(self, images, masking, layer):
+        """Hidden state after decoder block `layer` (1-based), before `decoder_norm`: (N, 1+L, decoder_dim).
+
+        The distillation target of stage 1. Blocks behind `layer` are not run. Raises InputError if there is no such block.
+        """
+        if not 1 <= layer <= len(self.decoder_blocks):
+            raise InputError(f'--target_layer {layer}: the teacher\'s decoder has blocks 1 to {len(self.decoder_blocks)}')
+        return self.decode(self.encode(images, masking), masking, self.decoder_blocks[:layer])
+
+    def predict_features(self, images, masking):
+        """The student's prediction for every token, class token first: (N, 1+L, target_dim)."""
+        return self.feature_head(self.decode(self.encode(images, masking), masking, self.decoder_blocks))
+
+    def reconstruct(self, images, masking):
+        """Predicted pixels of every patch, in `patchify`'s order: (N, L, p*p*3)."""
+        x = self.decode(self.encode(images, masking), masking, self.decoder_blocks)
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:]  # class token dropped
+
+    def forward(self, images, masking):
+        """`predict_features` where the model has a `target_dim`, else `reconstruct`."""
+        return self.reconstruct(images, masking) if self.target_dim is None else self.predict_features(images, masking)
+
+
+def create_mae(name, img_size=224, target_dim=None):
+    """A `MaskedAutoencoder` by name, e.g. `mae_vit_base_patch16`; img_size is an int or (height, width) in pixels.
+
+    Raises InputError for an unknown name or a size that the patch does not divide.
+    """
+    parsed = parse_name(name)
+    if not parsed.is_mae:
+        raise InputError(f'{name!r} names an encoder alone; a masked autoencoder is called mae_{name}')
+    size = parsed.size
+    return MaskedAutoencoder(check_img_size(img_size, parsed.patch), parsed.patch, size.dim, size.depth, size.heads,
+                             parsed.decoder_dim, parsed.decoder_depth, target_dim)
+
+
+# -------------------------------------------------------------------------------------------- vision transformers (timm)
+
+
+class LayerDecayGroups:
+    """Layer-wise learning rates as MAE and the authors' code have them: stem, blocks, and everything else at the full rate.
+
+    timm's own grouping gives the final norm the last block's rate and the distillation token the stem's.
+    """
+
+    def group_matcher(self, coarse=False):
+        return {'stem': r'^(?:cls_token|pos_embed|patch_embed)', 'blocks': [(r'^blocks\.(\d+)', None)]}
+
+
+class PlainViT(LayerDecayGroups, VisionTransformer):
+    """timm's VisionTransformer; only the layer-decay groups differ."""
+
+
+class DistilledViT(LayerDecayGroups, VisionTransformerDistilled):
+    """timm's DeiT with distillation token and second head; only the layer-decay groups and one start value differ."""
+
+    def init_weights(self, *args, **kwargs):
+        super().init_weights(*args, **kwargs)
+        # ours: the token starts without a position, which makes 197-position checkpoints give the same outputs
+        nn.init.zeros_(self.pos_embed[:, 1].detach())
+
+
+def create_vit(name, num_classes, img_size=224, distilled=False, global_pool='token', drop_path_rate=0.0):
+    """A classifier by name, e.g. `vit_small_patch16`: timm's VisionTransformer, or its DeiT if `distilled`.
+
+    global_pool: timm's 'token' (class token, as DeiT) or 'avg' (mean of the patch tokens, then `fc_norm`, as MAE).
+    In training mode a distilled network returns (class logits, distillation logits), else the mean of the two.
+    Raises InputError for an unknown name, a size that the patch does not divide, or 'avg' with `distilled`.
+    """
+    parsed = parse_name(name)
+    if parsed.is_mae:
+        raise InputError(f'{name!r} names an autoencoder; its encoder alone is called '
+                         f'{re.sub("^mae_|_dec.*", "", name)}')
+    if distilled and global_pool != 'token':
+        raise InputError('a distilled network reads its class and distillation tokens: leave --global_pool out')
+    size, kwargs = parsed.size, {} if distilled else {'global_pool': global_pool}
+    model = (DistilledViT if distilled else PlainViT)(
+        img_size=check_img_size(img_size, parsed.patch), patch_size=parsed.patch, embed_dim=size.dim, depth=size.depth,
+        num_heads=size.heads, num_classes=num_classes, drop_path_rate=drop_path_rate, **kwargs)
+    if distilled:
+        model.set_distilled_training(True)
+    return model
+
+
+def reset_heads(model):
+    """Start values of the heads for fine-tuning: class head truncated normal 2e-5 (MAE), distillation head 0.02 (timm)."""
+    trunc_normal_(model.head.weight, std=2e-5)
+    nn.init.zeros_(model.head.bias)
+
+
+def create_vit_like(state_dict, name, img_size=224):
+    """The classifier that a checkpoint holds (distilled or not, pooled or not, number of classes): build, do not load.
+
+    Raises InputError if it holds no classifier.
+    """
+    if 'head.weight' not in state_dict:
+        raise InputError('the checkpoint has no classification head (head.weight): give one that was trained with '
+                         'specific_distill_cls.py or fine-tuned by MAE, DeiT or timm')
+    return create_vit(name, len(state_dict['head.weight']), img_size, distilled='head_dist.weight' in state_dict,
+                      global_pool='avg' if 'fc_norm.weight' in state_dict else 'token')
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+DECODER_HELP = (
+    'stage 1 needs the complete MAE: mae_pretrain_vit_base_full.pth (norm-pix loss) or mae_visualize_vit_base.pth '
+    "(pixel loss) from MAE's repository, or Hugging Face's facebook/vit-mae-base; mae_pretrain_vit_base.pth and timm's "
+    'vit_*.mae hold the encoder alone')
+
+# Hugging Face ViTMAE -> MAE/timm names, applied in this order; query, key and value are joined afterwards
+HUGGING_FACE = [(re.compile(pattern), name) for pattern, name in (
+    (r'^(vit\.)?embeddings\.cls_token', 'cls_token'),
+    (r'^(vit\.)?embeddings\.position_embeddings', 'pos_embed'),
+    (r'^(vit\.)?embeddings\.patch_embeddings\.projection\.', 'patch_embed.proj.'),
+    (r'^(vit\.)?encoder\.layer\.', 'blocks.'),
+    (r'^(vit\.)?layernorm\.', 'norm.'),
+    (r'^decoder\.decoder_(layers|encoder\.layer)\.', 'decoder_blocks.'),
+    (r'^decoder\.', ''),
+    (r'\.attention\.attention\.(query|key|value)\.', r'.attn.\1.'),
+    (r'\.attention\.output\.dense\.', '.attn.proj.'),
+    (r'\.intermediate\.dense\.', '.mlp.fc1.'),
+    (r'\.output\.dense\.', '.mlp.fc2.'),
+    (r'\.layernorm_before\.', '.norm1.'),
+    (r'\.layernorm_after\.', '.norm2.'),
+)]
+
+
+def from_hugging_face(state_dict):
+    """ViTMAE's names, with or without `vit.`, in both of its file namings -> MAE's; separate q, k, v -> `qkv`."""
+    renamed = {}
+    for key, value in state_dict.items():
+        for pattern, name in HUGGING_FACE:
+            key = pattern.sub(name, key)
+        renamed[key] = value
+    for key in [k for k in renamed if '.attn.query.' in k]:
+        parts = [key.replace('.query.', f'.{part}.') for part in ('query', 'key', 'value')]
+        if not all(isinstance(renamed.get(p), torch.Tensor) for p in parts):
+            raise InputError(f'{key} has no matching key and value: the file is incomplete')
+        renamed[key.replace('.query.', '.qkv.')] = torch.cat([renamed.pop(p) for p in parts])
+    return renamed
+
+
+def fetch(url):
+    """https URL -> path of the downloaded file, kept in torch hub's cache; one process per machine downloads."""
+    path = Path(torch.hub.get_dir()) / 'checkpoints' / url.split('?')[0].rsplit('/', 1)[-1]
+    if int(os.environ.get('LOCAL_RANK', '0')) == 0 and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), progress=True)
+        except OSError as error:
+            raise InputError(f'cannot download {url}: {error}; fetch it by hand and give the path') from error
+    if dist.is_initialized():
+        dist.barrier()
+    return path
+
+
+def read_checkpoint(path):
+    """Local path or https URL -> what the file holds, read weights-only: a pickle that wants to run code is refused.
+
+    `argparse.Namespace` is the one class allowed beyond torch's own list: MAE's, DeiT's and DINO's files hold one.
+    Raises InputError, naming what is wrong with the file.
+    """
+    path = fetch(path) if str(path).startswith('https://') else Path(path)
+    if not path.is_file():
+        raise InputError(f'no checkpoint file at {path}')
+    try:
+        if path.suffix == '.safetensors':
+            from safetensors.torch import load_file
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location='cpu', weights_only=True)
+    # a damaged file makes the unpickler raise nearly anything (RuntimeError, EOFError, KeyError, SafetensorError ...)
+    except Exception as error:
+        refused = re.search(r'GLOBAL (\S+)', str(error))
+        if refused:
+            raise InputError(f'{path} is refused: it wants to use {refused[1]}, which weights do not need. '
+                             'Do not trust it; if it is yours, save tensors and plain types only') from error
+        reason = (str(error) or type(error).__name__).splitlines()[0][:160]
+        raise InputError(f'{path} is no whole checkpoint (truncated download, or another kind of file?): '
+                         f'{reason}') from error
+
+
+def load_checkpoint(path):
+    """Local path or https URL -> flat state dict on the CPU, in timm/MAE names.
+
+    Understands a bare state dict, `model`, `state_dict`, DINO's and iBOT's `teacher`/`student` with `module.` and
+    `backbone.`, Hugging Face's ViTMAE (.bin, .safetensors), and the G2SD authors' student, whose `decoderfeature_pred` is
+    our `feature_head` and whose other heads are not used there. Raises InputError, also for entries that are no weights.
+    """
+    return flat_state_dict(read_checkpoint(path), path)
+
+
+def flat_state_dict(checkpoint, path):
+    """What `read_checkpoint` gave -> flat state dict; `path` is for messages. See `load_checkpoint`."""
+    state = checkpoint
+    if isinstance(checkpoint, dict):
+        state = next((checkpoint[key] for key in ('model', 'state_dict', 'teacher', 'student')
+                      if isinstance(checkpoint.get(key), dict)), checkpoint)
+    if not isinstance(state, dict) or not state:
+        raise InputError(f'{path} holds no state dict')
+    for key, value in state.items():
+        # a file of a few kB can claim a tensor of any size by expanding one number
+        if not isinstance(value, torch.Tensor) or value.is_sparse \
+                or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise InputError(f'{path}: entry {key!r} is not a plain tensor ({type(value).__name__})')
+    state = {re.sub(r'^(module\.)?(backbone\.)?', '', key): value for key, value in state.items()}
+    if any('patch_embeddings.projection' in key for key in state):
+        state = from_hugging_face(state)
+    if 'decoderfeature_pred.fc1.weight' in state:
+        unused = ('encoderfeature_pred.', 'decoder_norm.', 'decoder_pred.')
+        state = {key.replace('decoderfeature_pred.', 'feature_head.'): value
+                 for key, value in state.items() if not key.startswith(unused)}
+    return state
+
+
+def resize_positions(table, prefix, grid_size):
+    """Position table (1, prefix + h*w, D) -> (1, prefix + H*W, D), bicubic; the prefix rows stay. Needs h = w.
+
+    Without antialiasing, as MAE and DeiT do it; timm's default differs when the table shrinks.
+    """
+    return resample_abs_pos_embed(table, grid_size, num_prefix_tokens=prefix, antialias=False)
+
+
+def fit_positions(model, state_dict, path):
+    """Brings `pos_embed` and `decoder_pos_embed` to the model's token layout and grid, in place; returns what it did.
+
+    The rows in front of the patches are [class] or [class, distillation]. A missing distillation row becomes zero (so
+    does that of the G2SD authors, who append the token without a position); one that the model does not have is dropped.
+    Raises InputError if the number of rows fits no grid.
+    """
+    done, grid, length = [], model.patch_embed.grid_size, model.patch_embed.num_patches
+    for key in ('pos_embed', 'decoder_pos_embed'):
+        table, own = state_dict.get(key), dict(model.named_parameters()).get(key)
+        if table is None or own is None or table.ndim != 3:
+            continue
+        candidates = (2, 1) if 'dist_token' in state_dict else (1,)
+        prefix = next((k for k in candidates if table.shape[1] - k == length), None)
+        if prefix is None:
+            prefix = next((k for k in candidates if round((table.shape[1] - k) ** 0.5) ** 2 == table.shape[1] - k), None)
+            if prefix is None:
+                raise InputError(f'{path}: {key} has {table.shape[1]} rows, which is no class token and square grid; '
+                                 f'the model has a grid of {grid[0]}x{grid[1]}: give the --input_size it was trained at')
+            side = round((table.shape[1] - prefix) ** 0.5)
+            table = resize_positions(table, prefix, grid)
+            done.append(f'{key} {side}x{side} -> {grid[0]}x{grid[1]}')
+        wanted = own.shape[1] - length
+        if wanted > prefix:
+            table = torch.cat([table[:, :1], torch.zeros_like(table[:, :1]), table[:, 1:]], dim=1)
+            done.append('zero row for the distillation token')
+        elif wanted < prefix:
+            table = torch.cat([table[:, :1], table[:, 2:]], dim=1)
+            done.append('row of the distillation token dropped')
+        state_dict[key] = table
+    return done
+
+
+def load_exactly(model, state_dict, path):
+    """Loads a state dict that must match name by name and shape by shape. Raises InputError that names what differs."""
+    own = model.state_dict()
+    missing, unexpected = [k for k in own if k not in state_dict], [k for k in state_dict if k not in own]
+    if any(k.startswith('decoder') for k in missing) and not any(k.startswith('decoder') for k in state_dict):
+        raise InputError(f'{path} has no decoder ({missing[0]} and {len(missing) - 1} more are missing): {DECODER_HELP}')
+    wrong = [k for k in own if k in state_dict and state_dict[k].shape != own[k].shape]
+    if missing or unexpected or wrong:
+        reasons = [f'{len(names)} {what}, first {names[0]}' for what, names in
+                   (('missing', missing), ('unexpected', unexpected)) if names]
+        reasons += [f'{k} is {tuple(state_dict[k].shape)} in the file and {tuple(own[k].shape)} in the model'
+                    for k in wrong[:1]]
+        raise InputError(f'{path} was not made by this architecture ({"; ".join(reasons)}): give the model name and '
+                         'input size that it was trained with')
+    model.load_state_dict(state_dict)
+
+
+def load_teacher(model, path, state_dict=None):
+    """Loads a teacher strictly; it comes back frozen and in eval mode. Position tables may be resized, which is printed.
+
+    path: local or https; pass the state dict too if it is read already. Raises InputError with the missing names; an
+    encoder-only MAE is the one failure that users of the authors' code report, and a non-strict load hides it.
+    """
+    state_dict = dict(load_checkpoint(path) if state_dict is None else state_dict)
+    resized = fit_positions(model, state_dict, path)
+    load_exactly(model, state_dict, path)
+    say(f'teacher: {len(state_dict)} entries of {path}' + ''.join(f'; {what}' for what in resized))
+    return model.requires_grad_(False).eval()
+
+
+def check_classes(theirs, ours, path):
+    """Raises InputError if a checkpoint knows its class names and they are not, in order, those of the data."""
+    if theirs is not None and list(theirs) != list(ours):
+        differing = next((pair for pair in zip(theirs, ours) if pair[0] != pair[1]), None)
+        differing = f'{differing[0]!r} is {differing[1]!r} here' if differing else 'the others are the same'
+        raise InputError(f'{path} was trained on other classes ({len(theirs)} there, {len(ours)} in --data_path; '
+                                f'{differing}): give the data that it belongs to')
+
+
+class Loaded(NamedTuple):
+    used: list       # names taken over as they are
+    resized: list    # what was done to position tables
+    new: list        # names that keep their start values, all of them new by design
+    left_out: list   # names of the file that the model has no place for, all of them expected
+
+
+def load_pretrained(model, path):
+    """Starts a stage-2 network from any encoder checkpoint: stage 1's student, MAE, DeiT, DINO, iBOT, timm, Hugging Face.
+
+    Heads, the distillation token and `fc_norm` may be new; decoders, heads and DINO's extras may be left out; anything
+    else that is missing, unexpected or of another shape raises InputError. Prints and returns `Loaded`.
+    """
+    state = load_checkpoint(path)
+    resized = fit_positions(model, state, path)
+    own = model.state_dict()
+    # the final norm gives way to fc_norm under global pooling, as in MAE's fine-tuning; a head is trained anew
+    expected = r'^(decoder_|mask_token|masked_embed|feature_head\.|head\.|head_dist\.|dist_token|fc_norm\.|norm\.)'
+    new = [k for k in own if k not in state or re.match(r'^head(_dist)?\.', k)]
+    left_out = [k for k in state if k not in own or k in new]
+    for k in (k for k in own if k in state and k not in new and state[k].shape != own[k].shape):
+        raise InputError(f'{path} holds another architecture: {k} is {tuple(state[k].shape)} there and '
+                         f'{tuple(own[k].shape)} in the model; give the right --model')
+    for what, names, pattern in (('lacks', new, r'^(head\.|head_dist\.|dist_token|fc_norm\.)'),
+                                 ('has, without a place in the model,', left_out, expected)):
+        wrong = [k for k in names if not re.match(pattern, k)]
+        if wrong:
+            raise InputError(f'{path} {what} {wrong[0]}' + (f' and {len(wrong) - 1} more' if wrong[1:] else '') +
+                             ': is it the checkpoint of another architecture? Give the right --model')
+    used = [k for k in own if k not in new]
+    model.load_state_dict({k: state[k] for k in used}, strict=False)
+    summary = [f'{len(used)} used'] + resized
+    for what, names in (('new', new), ('left out', left_out)):
+        groups = sorted({re.split(r'\.', k)[0] for k in names})
+        summary += [f'{what}: {", ".join(groups)}'] if groups else []
+    say(f'start weights: {path}: {"; ".join(summary)}')
+    return Loaded(used, resized, new, left_out)
+
+
+# ---------------------------------------------------------------------------------------------------- randomness and data
+
+
+def seed_everything(*key):
+    """Seeds torch, numpy and random from integers such as (seed, epoch, index): draws are reseeded, never carried on."""
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 100 times as long, too slow per sample
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(seed)
+
+
+class SeededDataset(torch.utils.data.Dataset):
+    """(epoch, index) -> (transform(image), label, names of unreadable files), random only in (seed, epoch, index).
+
+    So a resume is exact, and the numbers of workers and of processes change nothing. An unreadable image is replaced by
+    the next one; `Progress.check_files` decides whether the run may go on.
+    """
+
+    def __init__(self, dataset, transform, seed):
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        seed_everything(self.seed, epoch, index)
+        bad_files = []
+        while len(bad_files) < 100:  # more in a row is no bad file but a lost disk
+            try:
+                image, label = self.dataset[index]
+            except Exception as error:  # decoders raise nearly anything on a damaged file
+                name = self.dataset.samples[index][0] if hasattr(self.dataset, 'samples') else f'sample {index}'
+                bad_files.append(f'{name} ({(str(error) or type(error).__name__).splitlines()[0]})')
+                index = (index + 1) % len(self.dataset)
+                continue
+            return self.transform(image), label, '\n'.join(bad_files)
+        raise OSError(f'100 unreadable images in a row, the last {bad_files[-1]}')
+
+
+class EpochSampler(torch.utils.data.Sampler):
+    """Yields (epoch, index): a new order each epoch, of which every process takes each world_size-th entry.
+
+    Step k of all processes together sees the same samples however they are split. Ends at whole updates. Raises
+    InputError if there is not a single one. Set `epoch` before each pass.
+    """
+
+    def __init__(self, length, args):
+        per_update = args.batch_size * args.accum_iter * args.world_size
+        if length < per_update:
+            raise InputError(f'the data set has {length} images, fewer than one batch of {per_update} '
+                                    '(--batch_size x --accum_iter x processes): lower --batch_size')
+        self.length, self.seed, self.rank, self.world_size, self.epoch = length, args.seed, args.rank, args.world_size, 0
+        self.used = length // per_update * per_update
+
+    def __len__(self):
+        return self.used // self.world_size
+
+    def __iter__(self):
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
+        return ((self.epoch, int(index)) for index in order[:self.used][self.rank::self.world_size])
+
+
+def load_cifar(args, train):
+    """torchvision's CIFAR10 or CIFAR100 as PIL images; raises InputError if the files are not there."""
+    try:
+        return getattr(torchvision.datasets, args.data_set)(args.data_path, train=train)
+    except RuntimeError as error:
+        raise InputError(f'--data_path {args.data_path} does not hold {args.data_set} as torchvision stores it: '
+                                f'torchvision.datasets.{args.data_set}(path, download=True) fetches it') from error
