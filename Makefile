@@ -1,0 +1,142 @@
+# G2SD: the paper's experiments as one graph of checkpoints. An interrupted reproduction goes on where it stopped.
+#   make reproduce-table2 SCALE=imagenet IMAGENET=/data/imagenet     the paper's recipe, 8 GPUs
+#   make reproduce-table2 SCALE=cifar10 CIFAR10=/data/cifar10        one GPU; a reduced form on a CPU
+#   make reproduce-table2 SCALE=toy                                  drawn images, minutes on a CPU (make demo)
+#   make -n reproduce-table2 ...                                     shows every command
+
+SCALE ?= imagenet
+SEED ?= 0
+OUT ?= runs
+IMAGENET ?=
+CIFAR10 ?=
+PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
+DEVICE ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
+# spinning OpenMP threads slow two processes on two cores twentyfold
+export OMP_WAIT_POLICY ?= passive
+ifeq ($(DEVICE),cpu)
+export OMP_NUM_THREADS ?= 1
+endif
+
+RUNS := $(OUT)/$(SCALE)
+ROWS := $(RUNS)/seed$(SEED)
+# your own checkpoints in place of the teachers that would be made
+TEACHER_MAE ?= $(RUNS)/teacher_mae/final.pth
+TEACHER_CLS ?= $(RUNS)/teacher_cls/final.pth
+
+# ---- scales: sets of variables over one graph. Empty means: the scripts' defaults, which are the paper's
+ifeq ($(SCALE),imagenet)
+NPROC ?= 8
+DATA := $(IMAGENET)
+MAE_TEACHER := mae_vit_base_patch16
+MAE_STUDENT := mae_vit_small_patch16_dec256d4b
+# MAE's recipe for fine-tuning ViT-B
+TEACHER_CLS_ARGS := --epochs 100 --blr 5e-4 --layer_decay 0.65 --drop_path 0.1
+else ifeq ($(SCALE),cifar10)
+NPROC ?= 1
+COMMON := --input_size 32 --num_workers 8
+ifeq ($(DEVICE),cuda)
+DATA := $(CIFAR10)
+COMMON += $(if $(wildcard $(CIFAR10)/cifar-10-batches-py),--data_set CIFAR10)
+MAE_TEACHER := mae_vit_tiny_patch4_dec128d4b
+MAE_STUDENT := mae_vit_micro_patch4_dec64d4b
+MAE_ARGS := --batch_size 512 --accum_iter 1 --lr 1.5e-3
+TEACHER_MAE_ARGS := --epochs 800
+GENERIC_ARGS := --target_layer 2 --epochs 300
+STAGE2_ARGS := --batch_size 512 --eval_every 10
+else
+# 4,000 training images, all test images; see README, "Results", for how the recipe was chosen
+IMAGES ?= 400
+DATA := $(RUNS)/data
+COMMON := --input_size 32 --num_workers 0
+MAE_TEACHER := mae_vit_nano_patch4_dec64d2b
+MAE_STUDENT := mae_vit_pico_patch4_dec32d2b
+MAE_ARGS := --batch_size 128 --accum_iter 1 --lr 1e-3 --target_layer 1
+TEACHER_MAE_ARGS := --epochs 150 --warmup_epochs 8
+GENERIC_ARGS := --epochs 90 --warmup_epochs 4
+STAGE2_ARGS := --batch_size 128 --eval_every 20
+TEACHER_CLS_ARGS := --epochs 45
+FINETUNE_ARGS := --epochs 60
+SCRATCH_ARGS := --epochs 150
+endif
+else ifeq ($(SCALE),toy)
+NPROC ?= 2
+DATA := $(RUNS)/data/imagenet
+COMMON := --input_size 48 --num_workers 0
+MAE_TEACHER := mae_vit_nano_patch8_dec64d2b
+MAE_STUDENT := mae_vit_pico_patch8_dec32d2b
+else
+$(error SCALE=$(SCALE): choose imagenet, cifar10 or toy)
+endif
+strip_decoder = $(firstword $(subst _dec, ,$(patsubst mae_%,%,$(1))))
+CLS_TEACHER := $(call strip_decoder,$(MAE_TEACHER))
+CLS_STUDENT := $(call strip_decoder,$(MAE_STUDENT))
+
+RUN = $(PYTHON) -m torch.distributed.run --standalone --nproc_per_node=$(NPROC)
+STAGE1 = $(RUN) generic_distill.py --data_path $(DATA) --output_dir $(@D) --resume auto --seed $(SEED) $(COMMON) $(MAE_ARGS)
+STAGE2 = $(RUN) specific_distill_cls.py --data_path $(DATA) --output_dir $(@D) --resume auto --seed $(SEED) $(COMMON) \
+	$(STAGE2_ARGS)
+# final.pth appears when all epochs are done; checkpoint.pth of an interrupted run is what --resume auto goes on from
+FINISH = ln -f $(@D)/checkpoint.pth $@
+
+.PHONY: help demo test lint diff results clean reproduce-table2 data
+.DELETE_ON_ERROR:
+
+help:  ## this list
+	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 20
+	@echo 'variables:          SCALE=imagenet|cifar10|toy SEED=0 NPROC=8 IMAGENET= CIFAR10= TEACHER_MAE= TEACHER_CLS= OUT=runs'
+
+# ---- Table 2: G2SD against DeiT with distillation and DeiT, at equal total epochs
+reproduce-table2: $(ROWS)/finetuned/final.pth $(ROWS)/g2sd/final.pth $(ROWS)/deit_distilled/final.pth \
+		$(ROWS)/deit/final.pth  ## the paper's Table 2: train every row, print the table
+	$(PYTHON) tools/results.py $(RUNS)
+
+$(RUNS)/teacher_mae/final.pth: | data
+	$(STAGE1) --target pixel --model $(MAE_TEACHER) $(TEACHER_MAE_ARGS)
+	$(FINISH)
+
+$(RUNS)/teacher_cls/final.pth: $(TEACHER_MAE) | data
+	$(STAGE2) --model $(CLS_TEACHER) --finetune $(TEACHER_MAE) $(TEACHER_CLS_ARGS)
+	$(FINISH)
+
+$(ROWS)/generic/final.pth: $(TEACHER_MAE) | data
+	$(STAGE1) --teacher_model $(MAE_TEACHER) --teacher_path $(TEACHER_MAE) --model $(MAE_STUDENT) $(GENERIC_ARGS)
+	$(FINISH)
+
+$(ROWS)/finetuned/final.pth: $(ROWS)/generic/final.pth | data
+	$(STAGE2) --model $(CLS_STUDENT) --finetune $(ROWS)/generic/final.pth $(FINETUNE_ARGS)
+	$(FINISH)
+
+$(ROWS)/g2sd/final.pth: $(ROWS)/generic/final.pth $(TEACHER_CLS) | data
+	$(STAGE2) --model $(CLS_STUDENT) --finetune $(ROWS)/generic/final.pth \
+		--teacher_model $(CLS_TEACHER) --teacher_path $(TEACHER_CLS) $(FINETUNE_ARGS)
+	$(FINISH)
+
+$(ROWS)/deit_distilled/final.pth: $(TEACHER_CLS) | data
+	$(STAGE2) --model $(CLS_STUDENT) --teacher_model $(CLS_TEACHER) --teacher_path $(TEACHER_CLS) $(SCRATCH_ARGS)
+	$(FINISH)
+
+$(ROWS)/deit/final.pth: | data
+	$(STAGE2) --model $(CLS_STUDENT) $(SCRATCH_ARGS)
+	$(FINISH)
+
+# ---- data: checked for the real sets, drawn for the toy, thinned out for a CPU
+ifeq ($(SCALE),toy)
+data: $(RUNS)/data/imagenet
+$(RUNS)/data/imagenet:
+	$(PYTHON) tools/toy_data.py --out $(RUNS)/data $(TOY_ARGS)
+else ifeq ($(SCALE)-$(DEVICE),cifar10-cpu)
+data: $(RUNS)/data/val
+$(RUNS)/data/val:
+	@test -d "$(CIFAR10)/train" || { echo 'set CIFAR10=folder with train/CLASS/ and val/CLASS/'; exit 1; }
+	@mkdir -p $(RUNS)/data/train
+	@for class in $(CIFAR10)/train/*/; do name=$$(basename $$class); mkdir -p $(RUNS)/data/train/$$name; \
+		ls $$class | sort | head -n $(IMAGES) | while read file; do \
+		ln -sf $(abspath $(CIFAR10))/train/$$name/$$file $(RUNS)/data/train/$$name/$$file; done; done
+	ln -sfn $(abspath $(CIFAR10))/val $@
+else
+data:
+	@test -d "$(DATA)" || { echo 'set $(if $(filter imagenet,$(SCALE)),IMAGENET=folder with train/CLASS/ and val/CLASS/,CIFAR10=folder)'; exit 1; }
+endif
+
+results:  ## print the tables of what has been run at this SCALE, and draw the curves
+	$(PYTHON) tools/results.py $(RUNS)
