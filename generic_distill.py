@@ -4,8 +4,9 @@ Paper:   G2SD (Huang, Peng et al., CVPR 2023, arXiv 2302.14771), Sec. 3.2; suppl
 Reads:   --data_path   folder of images; its `train` subfolder if there is one; classes are not used
          --teacher_path   a complete MAE, encoder and decoder: mae_pretrain_vit_base_full.pth from MAE's repository
 8 GPUs:  torchrun --nproc_per_node=8 generic_distill.py --data_path IMAGENET --teacher_path mae_pretrain_vit_base_full.pth
-CPU:     python tools/toy_data.py --out toy --only imagenet && python generic_distill.py --data_path toy/imagenet \
-         --target pixel --model mae_vit_nano_patch8 --input_size 48 --batch_size 64 --accum_iter 1 --epochs 4 --warmup_epochs 1
+CPU:     python tools/toy_data.py --out toy --only imagenet
+         python generic_distill.py --data_path toy/imagenet --target pixel --model mae_vit_nano_patch8 --input_size 48 \
+         --batch_size 64 --accum_iter 1 --epochs 4 --warmup_epochs 1
 Writes:  output_dir/checkpoint.pth (for --finetune of stage 2), log.txt (one JSON object per epoch), args.json
 MAE itself is `--target pixel`, without a teacher: that is how a teacher for your own data is made.
 """
@@ -104,7 +105,7 @@ def resolve_recipe(args):
 
 
 class ViewAndNoise:
-    """PIL image -> (augmented image (3, H, W), mask noise (L,)): the noise belongs to the sample, see `models.SeededDataset`."""
+    """PIL image -> (augmented image (3, H, W), mask noise (L,)): the noise is the sample's own."""
 
     def __init__(self, input_size, num_patches):
         self.num_patches = num_patches
@@ -332,7 +333,7 @@ def start_run(args):
                        for words in (['rev-parse', '--short', 'HEAD'], ['status', '--porcelain', '-uno']))
     models.say(f'command: {shlex.join(sys.argv)}\ncommit {commit or "unknown"}{" with changes" if changes else ""}, '
                f'torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}, '
-               f'{args.world_size} x {torch.cuda.get_device_name() if device.type == "cuda" else device.type}, amp {args.amp}')
+               f'{args.world_size} x {torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}, amp {args.amp}')
     return device
 
 
@@ -465,7 +466,7 @@ def main(args):
         seconds += time.time() - started
         write_log(args, {'epoch': epoch, **stats, 'train_seconds': round(seconds, 2)})
         save_checkpoint(args, epoch, model_without_ddp, optimizer, scaler, None, seconds)
-    models.say(f'done: {args.epochs} epochs, {timedelta(seconds=int(seconds))} of training, {args.output_dir}/checkpoint.pth')
+    models.say(f'done: {args.epochs} epochs, {timedelta(seconds=int(seconds))} of training, see {args.output_dir}')
 
 
 if __name__ == '__main__':

@@ -1,7 +1,7 @@
 """What several stages build: the networks, the mask, strict checkpoint reading, and data whose draws can be repeated.
 
 One class per role: `MaskedAutoencoder` is an MAE (the stage-1 teacher) or, with `target_dim`, a G2SD student; timm's vision
-transformers are the stage-2 networks. State-dict names follow MAE and timm, so that published checkpoints load without a table.
+transformers are the stage-2 networks. State-dict names follow MAE and timm, so published checkpoints load without a table.
 Sources: He et al., "Masked Autoencoders Are Scalable Vision Learners" (CVPR 2022); Huang, Peng et al., "Generic-to-Specific
 Distillation of Masked Autoencoders" (CVPR 2023); Touvron et al., "Training data-efficient image transformers" (ICML 2021).
 """

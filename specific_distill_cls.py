@@ -6,8 +6,9 @@ Reads:   --data_path   ImageNet layout, train/CLASS/ and val/CLASS/
          --teacher_path   a classifier, e.g. mae_finetuned_vit_base.pth from MAE's repository; without it, labels alone
 8 GPUs:  torchrun --nproc_per_node=8 specific_distill_cls.py --data_path IMAGENET --finetune runs/stage1/checkpoint.pth \
          --teacher_path mae_finetuned_vit_base.pth
-CPU:     python tools/toy_data.py --out toy --only imagenet && python specific_distill_cls.py --data_path toy/imagenet \
-         --model vit_nano_patch8 --input_size 48 --batch_size 64 --epochs 4 --warmup_epochs 1
+CPU:     python tools/toy_data.py --out toy --only imagenet
+         python specific_distill_cls.py --data_path toy/imagenet --model vit_nano_patch8 --input_size 48 \
+         --batch_size 64 --epochs 4 --warmup_epochs 1
 Writes:  output_dir/checkpoint.pth, log.txt (one JSON object per epoch), args.json
 Both paths: G2SD. --finetune alone: "G2SD w/o S.D", or an MAE fine-tuned into a teacher. --teacher_path alone: DeiT with
 distillation. Neither: DeiT. Evaluation alone: --eval --resume CHECKPOINT.
@@ -58,7 +59,7 @@ def get_args_parser():
     group.add_argument('--teacher_path', help='checkpoint of the teacher, path or https URL; without it labels alone teach')
     group.add_argument('--distillation_type', default='hard', choices=['hard', 'soft', 'none'],
                        help='the teacher gives its top class, or its distribution; none leaves it out')
-    group.add_argument('--distillation_alpha', type=float, default=0.5, help='weight of the teacher, 1 - alpha of the labels')
+    group.add_argument('--distillation_alpha', type=float, default=0.5, help='weight of the teacher; 1 - alpha of the labels')
     group.add_argument('--distillation_tau', type=float, default=1.0, help='temperature of the soft type')
 
     group = parser.add_argument_group('model')
@@ -372,7 +373,7 @@ def start_run(args):
                        for words in (['rev-parse', '--short', 'HEAD'], ['status', '--porcelain', '-uno']))
     models.say(f'command: {shlex.join(sys.argv)}\ncommit {commit or "unknown"}{" with changes" if changes else ""}, '
                f'torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}, '
-               f'{args.world_size} x {torch.cuda.get_device_name() if device.type == "cuda" else device.type}, amp {args.amp}')
+               f'{args.world_size} x {torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}, amp {args.amp}')
     return device
 
 
@@ -520,7 +521,7 @@ def main(args):
             stats.update(evaluate(model_without_ddp, val_loader, progress, device, args))
         write_log(args, {'epoch': epoch, **stats, 'train_seconds': round(seconds, 2)})
         save_checkpoint(args, epoch, model_without_ddp, optimizer, scaler, classes, seconds)
-    models.say(f'done: {args.epochs} epochs, {timedelta(seconds=int(seconds))} of training, {args.output_dir}/checkpoint.pth')
+    models.say(f'done: {args.epochs} epochs, {timedelta(seconds=int(seconds))} of training, see {args.output_dir}')
 
 
 if __name__ == '__main__':
