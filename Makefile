@@ -53,17 +53,25 @@ MAE_STUDENT := mae_vit_pico_patch4_dec32d2b
 MAE_ARGS := --batch_size 128 --accum_iter 1 --lr 1e-3 --target_layer 1
 TEACHER_MAE_ARGS := --epochs 150 --warmup_epochs 8
 GENERIC_ARGS := --epochs 90 --warmup_epochs 4
-STAGE2_ARGS := --batch_size 128 --eval_every 20
-TEACHER_CLS_ARGS := --epochs 45
+STAGE2_ARGS := --batch_size 128 --lr 4e-3 --aa none --reprob 0 --mixup 0 --cutmix 0 --eval_every 15
+TEACHER_CLS_ARGS := --epochs 45 --lr 2e-3
 FINETUNE_ARGS := --epochs 60
 SCRATCH_ARGS := --epochs 150
 endif
 else ifeq ($(SCALE),toy)
 NPROC ?= 2
 DATA := $(RUNS)/data/imagenet
-COMMON := --input_size 48 --num_workers 0
+TOY_ARGS := --size 32 --only imagenet
+COMMON := --input_size 32 --num_workers 0 --lr 2e-3 --warmup_epochs 3
 MAE_TEACHER := mae_vit_nano_patch8_dec64d2b
 MAE_STUDENT := mae_vit_pico_patch8_dec32d2b
+MAE_ARGS := --batch_size 32 --accum_iter 1 --target_layer 1
+STAGE2_ARGS := --batch_size 32 --aa none --reprob 0 --mixup 0 --cutmix 0 --eval_every 8
+TEACHER_MAE_ARGS := --epochs 40
+TEACHER_CLS_ARGS := --epochs 32
+GENERIC_ARGS := --epochs 24
+FINETUNE_ARGS := --epochs 16
+SCRATCH_ARGS := --epochs 40
 else
 $(error SCALE=$(SCALE): choose imagenet, cifar10 or toy)
 endif
