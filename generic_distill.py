@@ -436,7 +436,7 @@ def main(args):
         teacher = models.create_mae(args.teacher_model, args.input_size)
         if teacher.patch_embed.num_patches != loader.dataset.transform.num_patches:
             raise models.InputError(f'{args.model} and {args.teacher_model} differ in patch size: they share one mask')
-        if not 1 <= args.target_layer <= len(teacher.decoder_blocks):
+        if args.target == 'feature' and not 1 <= args.target_layer <= len(teacher.decoder_blocks):
             raise models.InputError(f'--target_layer {args.target_layer}: {args.teacher_model} has decoder blocks 1 to '
                                     f'{len(teacher.decoder_blocks)}')
         teacher = models.load_teacher(teacher, args.teacher_path).to(device)

@@ -1,0 +1,357 @@
+"""The tools on what the scripts write: numbers against hand-worked ones, networks against timm, pictures against masks."""
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
+from torchvision import transforms
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'tools'))
+import export_timm
+import generic_distill
+import models
+import predict
+import results
+import specific_distill_cls
+import visualize
+
+TEACHER, STUDENT, CLASSIFIER = 'mae_vit_nano_patch8_dec64d2b', 'mae_vit_pico_patch8', 'vit_pico_patch8'
+
+
+def run_tool(tool, *words):
+    tool.main(tool.get_args_parser().parse_args([str(word) for word in words]))
+
+
+def save(path, network, classes=None, **args):
+    """A checkpoint file in the scripts' format; args: what its run was told."""
+    torch.save({'model': network.state_dict(), 'epoch': 0, 'args': args, 'classes': classes}, path)
+    return path
+
+
+def draw_image(path, seed=0, size=(70, 60)):
+    pixels = np.random.default_rng(seed).integers(0, 256, (6, 7, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(path)
+    return path
+
+
+# -------------------------------------------------------------------------------------------------------------- results
+
+
+def write_run(folder, acc1=(), epochs=None, seconds=100.0, **args):
+    """A run with one epoch per accuracy (None: stage 1), which takes `seconds` in all; `epochs` if it is not finished."""
+    folder.mkdir(parents=True)
+    args = {'model': 'vit_pico_patch8', 'input_size': [32, 32], 'epochs': epochs or len(acc1), 'finetune': None,
+            'teacher_path': None, **args}
+    (folder / 'args.json').write_text(json.dumps(args))
+    lines = [{'epoch': epoch, 'train_loss': 1 / (epoch + 1), 'train_seconds': seconds * (epoch + 1) / len(acc1),
+              **({} if value is None else {'test_acc1': value, 'test_images': 50})} for epoch, value in enumerate(acc1)]
+    (folder / 'log.txt').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+
+
+def write_g2sd(home, acc1, seconds=(100.0, 100.0), epochs=None):
+    write_run(home / 'generic', [None] * 6, seconds=seconds[0], target='feature')
+    write_run(home / 'g2sd', acc1, epochs, seconds[1], finetune='generic', teacher_path='teacher')
+
+
+def table_of(folder, capsys):
+    """{method: [cells]} and the whole text that the tool prints."""
+    run_tool(results, folder)
+    text = capsys.readouterr().out
+    assert text == (folder / 'results.md').read_text(encoding='utf-8')
+    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in text.splitlines() if line.startswith('| ')]
+    return {row[0]: row[1:] for row in rows}, text
+
+
+def test_results_report_the_last_epoch_of_each_seed(tmp_path, capsys):
+    """Claim: our accuracies are those of the last epoch, never the best, as mean and sample deviation over the seeds."""
+    for seed, last in enumerate((80.0, 82.0, 84.0)):
+        write_g2sd(tmp_path / f'seed{seed}', [70.0, 99.0, last])
+    table, text = table_of(tmp_path, capsys)
+    assert table['G2SD-S'][-1] == '82.00 ± 2.00 (n = 3)'  # deviations -2, 0, 2: variance 8 / 2
+    assert table['G2SD-S'][:3] == ['generic 6', 'specific 3', '71 h'] and table['G2SD-S'][4] == '82.5'
+    assert '`seed0/g2sd/log.txt`, `seed1/g2sd/log.txt`, `seed2/g2sd/log.txt`' in text and 'Test images: 50' in text
+
+
+def test_results_time_adds_both_stages_and_leaves_the_teacher_out(tmp_path, capsys):
+    """Claim: Table 2's time of G2SD is generic plus specific, and its ratio to DeiT with distillation is worked out."""
+    write_run(tmp_path / 'teacher_mae', [None], seconds=90 * 3600, target='pixel')
+    write_run(tmp_path / 'teacher_cls', [90.0], seconds=9 * 3600, finetune='mae')
+    write_g2sd(tmp_path / 'seed0', [80.0], (3 * 3600, 1 * 3600))
+    write_g2sd(tmp_path / 'seed1', [80.0], (4 * 3600, 2 * 3600))
+    write_run(tmp_path / 'seed0/deit_distilled', [70.0] * 4, seconds=8 * 3600, teacher_path='teacher')
+    table, text = table_of(tmp_path, capsys)
+    assert 'time (ours, hours)' in text
+    assert table['G2SD-S'][3] == '5.00 ± 1.41 (n = 2)'  # 4 and 6 hours
+    assert table['teacher: MAE ViT-B, fine-tuned'][:4] == ['MAE 1', 'fine-tuning 1', '', '99.00 (n = 1)']
+    assert '0.63 in the paper (71 / 112); ours: 0.62' in text  # 5 / 8
+    assert table['DeiT-S with distillation (DeiT⚗)'][0] == 'supervised + distillation 4'
+
+
+def test_results_do_not_count_unfinished_runs(tmp_path, capsys):
+    """Claim: a run counts when its last epoch is logged; a half-written line of a running one is no epoch."""
+    write_g2sd(tmp_path / 'seed0', [80.0, 81.0])
+    write_g2sd(tmp_path / 'seed1', [60.0, 99.0], epochs=3)
+    with open(tmp_path / 'seed1/g2sd/log.txt', 'a') as file:
+        file.write('{"epoch": 2, "train_loss": 0.3, "test_ac')
+    write_run(tmp_path / 'seed10/generic', epochs=6, target='feature')
+    table, text = table_of(tmp_path, capsys)
+    assert table['G2SD-S'][-1] == '81.00 (n = 1); seed1/g2sd: epoch 2/3; seed10/generic: epoch 0/6'
+    assert table['G2SD-S'][3] == '3.33 (n = 1)' and 'time (ours, minutes)' in text
+    assert '`seed1/' not in text
+
+
+def test_results_leave_cells_of_missing_runs_empty(tmp_path, capsys):
+    """Claim: what was not run stays an empty cell; a missing first stage gives no time."""
+    write_g2sd(tmp_path / 'seed0', [80.0])
+    for name in ('log.txt', 'args.json'):
+        (tmp_path / 'seed0/generic' / name).unlink()
+    table, text = table_of(tmp_path, capsys)
+    assert table['DeiT-S'] == ['', '', '53 h', '', '81.4', '']
+    assert table['G2SD-S'] == ['', 'specific 1', '71 h', '', '82.5', '80.00 (n = 1)']
+    assert 'ours: not known yet' in text and 'Chance' not in text
+
+
+def test_curves_count_the_epochs_of_both_stages(tmp_path, monkeypatch):
+    """Claim: in curves.png the specific stage begins where the generic one ended, so that budgets can be compared."""
+    write_g2sd(tmp_path / 'seed0', [50.0, 60.0])
+    write_run(tmp_path / 'seed0/deit', [30.0] * 8)
+    write_run(tmp_path / 'teacher_cls', [10.0, 90.0], finetune='mae')
+    panels = []
+    monkeypatch.setattr(results, 'draw_panel', lambda draw, box, title, xlabel, curves, font: panels.append(curves))
+    results.draw_curves({row: results.read_row(tmp_path, row) for row in results.TABLE_2})
+    accuracy = {curve.colour: curve for curve in panels[0]}
+    assert accuracy[results.G2SD.colour].points == [(7, 50.0), (8, 60.0)]
+    teacher = accuracy[results.TABLE_2[0].colour]
+    assert teacher.dashed and teacher.points == [(0, 90.0)]
+    assert [x for x, _ in panels[1][0].points] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize('low, high, expected', [
+    (0, 60, [0, 10, 20, 30, 40, 50, 60]), (0.13, 0.25, [0.12, 0.14, 0.16, 0.18, 0.2, 0.22, 0.24, 0.26]),
+    (17.5, 25.1, [16, 18, 20, 22, 24, 26])])
+def test_axis_ticks_are_round_and_span_the_curve(low, high, expected):
+    """Claim: curves.png can be read off: no value lies outside its axes, and ticks are round numbers."""
+    assert results.round_steps(low, high) == pytest.approx(expected)
+    assert len(results.round_steps(low, low)) > 1
+    assert results.round_steps(0, 3, least=1) == [0, 1, 2, 3]
+
+
+# ------------------------------------------------------------------------------------------------------- export, predict
+
+
+@pytest.mark.parametrize('name, distilled, pool, call', [
+    ('vit_small_patch16', True, 'token', "create_model('deit_small_distilled_patch16_224', "),
+    ('vit_small_patch16', False, 'token', "create_model('deit_small_patch16_224', "),
+    ('vit_small_patch16', False, 'avg', "create_model('vit_small_patch16_224', "),
+    ('vit_pico_patch8', True, 'token', 'VisionTransformerDistilled('),
+    ('vit_pico_patch8', False, 'avg', 'VisionTransformer(')])
+def test_exported_file_loads_strictly_in_timm(tmp_path, capsys, name, distilled, pool, call):
+    """Claim: our classifiers load in timm with strict=True by the printed lines, and give the same logits there."""
+    model = models.create_vit(name, 3, 32, distilled=distilled, global_pool=pool).eval()
+    torch.nn.init.normal_(model.head.weight)  # logits far enough apart for the comparison to mean something
+    save(tmp_path / 'c.pth', model, ['a', 'b', 'c'], model=name, input_size=[32, 32])
+    run_tool(export_timm, '--checkpoint', tmp_path / 'c.pth', '--out', tmp_path / 'timm.pth')
+    code = capsys.readouterr().out
+    assert call in code and ('global_pool=\'avg\'' in code) == (pool == 'avg')
+    scope = {}
+    exec(code, scope)
+    assert type(scope['model']).__module__.startswith('timm.')
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(scope['model'].eval()(images), model(images))
+
+
+def test_export_never_overwrites(tmp_path):
+    """Claim: an existing file stays as it is."""
+    path = save(tmp_path / 'c.pth', models.create_vit(CLASSIFIER, 2, 16), model=CLASSIFIER, input_size=[16, 16])
+    before = path.read_bytes()
+    with pytest.raises(models.InputError, match='must be a new file'):
+        run_tool(export_timm, '--checkpoint', path, '--out', path)
+    assert path.read_bytes() == before
+
+
+def test_predicted_probabilities_equal_a_computation_by_hand(tmp_path, capsys):
+    """Claim: predict.py sees an image exactly as the evaluation does: resized by 256/224, bicubic, centre crop."""
+    model = models.create_vit(CLASSIFIER, 3, 56).eval()
+    torch.nn.init.normal_(model.head.weight)
+    path = save(tmp_path / 'c.pth', model, ['cat', 'dog', 'owl'], model=CLASSIFIER, input_size=[56, 56])
+    image = draw_image(tmp_path / 'a.png', size=(90, 75))
+    by_hand = VisionTransformer(img_size=56, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=3)
+    by_hand.load_state_dict(model.state_dict())
+    prepare = transforms.Compose([
+        transforms.Resize(64, interpolation=transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(56),
+        transforms.ToTensor(), transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
+    with torch.no_grad():
+        expected = by_hand.eval()(prepare(Image.open(image))[None]).softmax(1)[0]
+    loaded, args, classes = predict.load_classifier(path)
+    assert torch.allclose(predict.classify(loaded, predict.read_image(image, args)[None])[0], expected, atol=1e-6)
+    run_tool(predict, '--checkpoint', path, '--image', image, '--topk', 2)
+    top = expected.argsort(descending=True)[:2].tolist()
+    assert capsys.readouterr().out.splitlines() == [f'{100 * expected[k]:6.2f} %  {classes[k]}' for k in top]
+
+
+def test_a_file_without_arguments_needs_the_name_of_its_network(tmp_path, capsys):
+    """Claim: public classifiers can be tried: by --model, and with class numbers in place of names."""
+    torch.save(models.create_vit('vit_pico_patch8', 4, 16).state_dict(), tmp_path / 'public.pth')
+    words = '--checkpoint', tmp_path / 'public.pth', '--image', draw_image(tmp_path / 'a.png')
+    with pytest.raises(models.InputError, match='give --model'):
+        run_tool(predict, *words)
+    run_tool(predict, *words, '--model', 'vit_pico_patch8', '--input_size', 16)
+    lines = capsys.readouterr().out.splitlines()
+    assert sorted(line.split('%')[1].strip() for line in lines) == [f'class {k}' for k in range(4)]
+    assert sum(float(line.split('%')[0]) for line in lines) == pytest.approx(100, abs=0.03)
+
+
+# ------------------------------------------------------------------------------------------------------------ visualize
+
+
+@pytest.fixture
+def stage1(tmp_path):
+    """A teacher and a student of it as generic_distill.py writes them, and two images."""
+    torch.manual_seed(0)
+    save(tmp_path / 'teacher.pth', models.create_mae(TEACHER, 32), model=TEACHER, input_size=[32, 32], target='pixel',
+         mask_ratio=0.5, norm_pix_loss=True)
+
+    def student(target):
+        teacher = models.create_mae(TEACHER, 32)
+        model = models.create_mae(STUDENT, 32, teacher.decoder_dim if target == 'feature' else teacher.pixel_dim)
+        return save(tmp_path / f'{target}.pth', model, model=STUDENT, input_size=[32, 32], target=target, mask_ratio=0.75,
+                    norm_pix_loss=False, teacher_model=TEACHER, teacher_path=str(tmp_path / 'teacher.pth'), target_layer=1)
+
+    return tmp_path, student, [draw_image(tmp_path / f'{k}.png', k) for k in range(2)]
+
+
+def test_cosine_of_a_perfect_student_is_one(monkeypatch):
+    """Claim: the map shows the cosine to the layer-normalised features of the chosen block, for every token."""
+    teacher, student = models.create_mae(TEACHER, 32).eval(), models.create_mae(STUDENT, 32, 64).eval()
+    images, masking = torch.randn(2, 3, 32, 32), models.random_masking(torch.rand(2, 16), 0.75)
+    with torch.no_grad():
+        target = teacher.decoder_features(images, masking, 1)
+        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+        by_hand = student.predict_features(images, masking)
+        by_hand = (by_hand * target).sum(-1) / by_hand.norm(dim=-1) / target.norm(dim=-1)
+        assert torch.allclose(visualize.cosine_map(student, teacher, images, masking, 1), by_hand, atol=1e-5)
+        assert by_hand.shape == (2, 17) and by_hand.abs().max() < 0.9
+        monkeypatch.setattr(student, 'predict_features', lambda images, masking: 3 * target)
+        cosines = visualize.cosine_map(student, teacher, images, masking, 1)
+        assert torch.allclose(cosines, torch.ones(2, 17), atol=1e-5)
+    assert np.array_equal(visualize.colour(np.array([-1.0, 0.0, 1.0])), visualize.COLOURS[[0, 0, -1]])
+
+
+def test_true_normalised_patches_restore_the_true_image():
+    """Claim: norm_pix_loss predictions are shown with the true patches' mean and variance, as the note below says."""
+    pixels, mask = torch.randn(2, 16, 192), models.random_masking(torch.rand(2, 16), 0.75).mask
+    pred = (pixels - pixels.mean(-1, keepdim=True)) / (pixels.var(-1, keepdim=True) + 1e-6).sqrt()
+    loss = generic_distill.pixel_loss(pred, pixels, mask, norm_pix_loss=True)
+    assert loss == 0  # the same normalisation as in training
+    assert torch.allclose(visualize.paste(pred, pixels, mask, norm_pix_loss=True), pixels, atol=1e-5)
+    shown = visualize.paste(pred, pixels, mask, norm_pix_loss=False)
+    assert torch.equal(shown[mask == 1], pred[mask == 1]) and torch.equal(shown[mask == 0], pixels[mask == 0])
+
+
+def test_the_picture_hides_the_patches_of_the_mask(stage1):
+    """Claim: the masked column shows what the encoder saw, and --seed and --mask_ratio choose it."""
+    folder, student, files = stage1
+    words = '--checkpoint', student('feature'), '--images', *files, '--out', folder / 'f.png'
+    run_tool(visualize, *words)
+    run_tool(visualize, *words, '--seed', 3, '--mask_ratio', 0.5)  # over its own picture
+    mask = models.random_masking(torch.rand(2, 16, generator=torch.Generator().manual_seed(3)), 0.5).mask
+    sheet = np.array(Image.open(folder / 'f.png'))
+    grey = visualize.to_pixels(torch.zeros(1, 3, 1, 1)).reshape(3)
+    patch = 56  # a patch of 8 pixels, enlarged 7 times
+    for index in range(2):
+        top = 32 + index * (224 + 12 + 40)
+        cells = [sheet[top:top + 224, left:left + 224].reshape(4, patch, 4, patch, 3).swapaxes(1, 2).reshape(16, -1, 3)
+                 for left in (12, 12 + 236)]
+        hidden = [bool((cell == grey).all()) for cell in cells[1]]
+        assert hidden == mask[index].bool().tolist()
+        assert all((a == b).all() for a, b, gone in zip(*cells, hidden) if not gone)
+
+
+@pytest.mark.parametrize('target, captions', [
+    ('pixel', ['input', 'masked 50%', 'reconstruction']),
+    ('recon_gt', ['input', 'masked 75%', 'teacher\'s reconstruction', 'student\'s reconstruction'])])
+def test_networks_that_predict_pixels_show_their_reconstruction(stage1, monkeypatch, target, captions):
+    """Claim: Table 4's other targets and the teacher itself can be looked at; the pixel space is the teacher's own."""
+    folder, student, files = stage1
+    checkpoint = folder / 'teacher.pth' if target == 'pixel' else student(target)
+    seen, compose = [], visualize.compose
+    monkeypatch.setattr(visualize, 'compose', lambda *args: seen.append(args) or compose(*args))
+    run_tool(visualize, '--checkpoint', checkpoint, '--images', *files, '--out', folder / 'r.png')
+    columns, cosines, _, _, _, notes = seen[0]
+    assert [caption for caption, _ in columns] == captions and cosines is None
+    assert 'true patch mean and variance used' in notes[0]
+
+
+# ---------------------------------------------------------------------------------------------- errors, and the real thing
+
+
+@pytest.mark.parametrize('tool, words, message', [
+    ('results', ['{tmp}/none'], 'there is no folder'),
+    ('results', ['{tmp}'], 'holds no run'),
+    ('results', ['{tmp}/broken'], 'line 1 is no JSON object'),
+    ('predict', ['--checkpoint', '{tmp}/none.pth', '--image', '{tmp}/a.png'], 'no checkpoint file'),
+    ('predict', ['--checkpoint', '{tmp}/c.pth', '--image', '{tmp}/c.pth'], 'cannot read the image'),
+    ('export_timm', ['--checkpoint', '{tmp}/mae.pth', '--out', '{tmp}/new.pth'], 'no classification head'),
+    ('visualize', ['--checkpoint', '{tmp}/c.pth', '--images', '{tmp}/a.png', '--out', '{tmp}/new.png'], 'name no --target'),
+    ('visualize', ['--checkpoint', '{tmp}/mae.pth', '--images', '{tmp}/a.png', '--out', '{tmp}/new.png'],
+     'give --teacher_path'),
+    ('visualize', ['--checkpoint', '{tmp}/mae.pth', '--images', '{tmp}/a.png', '--out', '{tmp}/a.png'],
+     'did not draw it')])
+def test_mistakes_end_in_one_line(tmp_path, monkeypatch, tool, words, message):
+    """Claim: every tool says what is wrong in one line, exits with an error, and writes nothing."""
+    save(tmp_path / 'c.pth', models.create_vit(CLASSIFIER, 2, 16), model=CLASSIFIER, input_size=[16, 16])
+    save(tmp_path / 'mae.pth', models.create_mae(STUDENT, 16, 64), model=STUDENT, input_size=[16, 16], target='feature',
+         teacher_model=TEACHER, teacher_path='gone.pth')
+    draw_image(tmp_path / 'a.png')
+    write_run(tmp_path / 'broken/seed0/deit', [1.0, 2.0])
+    log = tmp_path / 'broken/seed0/deit/log.txt'
+    log.write_text('noise\n' + log.read_text())
+    before = sorted(tmp_path.rglob('*'))
+    path = Path(__file__).resolve().parents[1] / f'tools/{tool}.py'
+    monkeypatch.setattr(sys, 'argv', [str(path), *(word.replace('{tmp}', str(tmp_path)) for word in words)])
+    with pytest.raises(SystemExit) as error:
+        runpy.run_path(str(path), run_name='__main__')
+    assert error.value.code.startswith('error: ') and message in error.value.code and '\n' not in error.value.code
+    assert sorted(tmp_path.rglob('*')) == before
+
+
+def test_tools_read_what_the_scripts_write(tmp_path, capsys):
+    """Claim: the stages' own output folders are all that the tools need."""
+    for split, count in (('train', 12), ('val', 4)):
+        for label in ('ant', 'bee'):
+            (tmp_path / 'data' / split / label).mkdir(parents=True)
+            for index in range(count):
+                draw_image(tmp_path / 'data' / split / label / f'{index}.png', 2 * index + (label == 'bee'), (32, 32))
+    common = (f'--data_path {tmp_path}/data --input_size 16 --batch_size 12 --accum_iter 1 --num_workers 0 --epochs 2 '
+              '--warmup_epochs 1 --device cpu --output_dir ')
+    runs = tmp_path / 'runs'
+    for script, words in (
+            (generic_distill, f'--target pixel --model {TEACHER} {common}{runs}/teacher_mae'),
+            (specific_distill_cls, f'--model vit_nano_patch8 --finetune {runs}/teacher_mae/checkpoint.pth {common}'
+             f'{runs}/teacher_cls'),
+            (generic_distill, f'--teacher_model {TEACHER} --teacher_path {runs}/teacher_mae/checkpoint.pth --target_layer 1 '
+             f'--model {STUDENT} {common}{runs}/seed0/generic'),
+            (specific_distill_cls, f'--model vit_pico_patch8 --finetune {runs}/seed0/generic/checkpoint.pth --teacher_model '
+             f'vit_nano_patch8 --teacher_path {runs}/teacher_cls/checkpoint.pth {common}{runs}/seed0/g2sd')):
+        run_tool(script, *words.split())
+    capsys.readouterr()
+    table, text = table_of(runs, capsys)
+    last = json.loads((runs / 'seed0/g2sd/log.txt').read_text().splitlines()[-1])
+    assert table['G2SD-S'][:2] == ['generic 2', 'specific 2']
+    assert table['G2SD-S'][-1] == f'{last["test_acc1"]:.2f} (n = 1)'
+    assert 'Chance level: 50.00 % (2 classes)' in text and 'Test images: 8' in text and str(tmp_path) not in text
+    assert Image.open(runs / 'curves.png').size[0] == 1200
+    image = tmp_path / 'data/val/ant/0.png'
+    run_tool(predict, '--checkpoint', runs / 'seed0/g2sd/checkpoint.pth', '--image', image)
+    assert sorted(line.split()[-1] for line in capsys.readouterr().out.splitlines()) == ['ant', 'bee']
+    run_tool(visualize, '--checkpoint', runs / 'seed0/generic/checkpoint.pth', '--images', image,
+             '--out', tmp_path / 'v.png')
+    run_tool(export_timm, '--checkpoint', runs / 'teacher_cls/checkpoint.pth', '--out', tmp_path / 'timm.pth')
+    assert 'global_pool=\'avg\'' in capsys.readouterr().out
