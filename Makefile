@@ -69,8 +69,8 @@ MAE_ARGS := --batch_size 32 --accum_iter 1 --target_layer 1
 STAGE2_ARGS := --batch_size 32 --aa none --reprob 0 --mixup 0 --cutmix 0 --eval_every 8
 TEACHER_MAE_ARGS := --epochs 40
 TEACHER_CLS_ARGS := --epochs 32
-GENERIC_ARGS := --epochs 24
-FINETUNE_ARGS := --epochs 16
+GENERIC_ARGS := --epochs 20
+FINETUNE_ARGS := --epochs 20
 SCRATCH_ARGS := --epochs 40
 else
 $(error SCALE=$(SCALE): choose imagenet, cifar10 or toy)
@@ -80,11 +80,12 @@ CLS_TEACHER := $(call strip_decoder,$(MAE_TEACHER))
 CLS_STUDENT := $(call strip_decoder,$(MAE_STUDENT))
 
 RUN = $(PYTHON) -m torch.distributed.run --standalone --nproc_per_node=$(NPROC)
-STAGE1 = $(RUN) generic_distill.py --data_path $(DATA) --output_dir $(@D) --resume auto --seed $(SEED) $(COMMON) $(MAE_ARGS)
-STAGE2 = $(RUN) specific_distill_cls.py --data_path $(DATA) --output_dir $(@D) --resume auto --seed $(SEED) $(COMMON) \
-	$(STAGE2_ARGS)
+STAGE1 = $(RUN) generic_distill.py --data_path $(DATA) --output_dir $(@D) --resume auto --seed $(SEED) --device $(DEVICE) \
+	$(COMMON) $(MAE_ARGS)
+STAGE2 = $(RUN) specific_distill_cls.py --data_path $(DATA) --output_dir $(@D) --resume auto --seed $(SEED) --device $(DEVICE) \
+	$(COMMON) $(STAGE2_ARGS)
 # final.pth appears when all epochs are done; checkpoint.pth of an interrupted run is what --resume auto goes on from
-FINISH = ln -f $(@D)/checkpoint.pth $@
+FINISH = ln -f $(@D)/checkpoint.pth $@ && touch $@
 
 .PHONY: help demo test lint diff results clean reproduce-table2 data
 .DELETE_ON_ERROR:
@@ -99,11 +100,11 @@ reproduce-table2: $(TABLE2:%=$(ROWS)/%/final.pth)  ## the paper's Table 2: train
 	$(PYTHON) tools/results.py $(RUNS)
 
 $(RUNS)/teacher_mae/final.pth: | data
-	$(STAGE1) --target pixel --model $(MAE_TEACHER) $(TEACHER_MAE_ARGS)
+	$(STAGE1) --seed 0 --target pixel --model $(MAE_TEACHER) $(TEACHER_MAE_ARGS)
 	$(FINISH)
 
 $(RUNS)/teacher_cls/final.pth: $(TEACHER_MAE) | data
-	$(STAGE2) --model $(CLS_TEACHER) --finetune $(TEACHER_MAE) $(TEACHER_CLS_ARGS)
+	$(STAGE2) --seed 0 --model $(CLS_TEACHER) --finetune $(TEACHER_MAE) $(TEACHER_CLS_ARGS)
 	$(FINISH)
 
 $(ROWS)/generic/final.pth: $(TEACHER_MAE) | data

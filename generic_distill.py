@@ -89,14 +89,16 @@ def get_args_parser():
     group.add_argument('--print_freq', type=int, default=50, help='steps between printed lines')
     group.add_argument('--num_workers', type=int, default=10, help='data-loading processes per training process')
     group.add_argument('--seed', type=int, default=0, help='seed of everything random')
-    group.add_argument('--device', help='cuda, cpu ...; cuda where there is one unless given')
+    group.add_argument('--device', help='cuda or cpu; cuda where there is one unless given')
     group.add_argument('--amp', choices=['bf16', 'fp16', 'off'],
                        help='autocast type; by default bf16 where the GPU has it, else fp16, and off on a CPU')
     return parser
 
 
 def resolve_recipe(args):
-    """Fills in what depends on --target; a flag given by hand wins."""
+    """Fills in what depends on --target; a flag given by hand wins. Raises InputError."""
+    if args.target == 'pixel' and args.teacher_path:
+        raise models.InputError('--target pixel is MAE pre-training and has no teacher: leave --teacher_path out')
     recipe = 'pixel' if args.target == 'pixel' else 'distillation'
     for flag, value in RECIPES[recipe].items():
         if getattr(args, flag) is None:
@@ -120,7 +122,7 @@ class ViewAndNoise:
 
 
 class FlatFolder(torchvision.datasets.ImageFolder):
-    """All images below a folder, as one class."""
+    """All images below a folder, with or without class folders, as one class: stage 1 uses no labels."""
 
     def find_classes(self, directory):
         return ['.'], {'.': 0}
@@ -135,11 +137,10 @@ def build_data(args, num_patches):
         root = root / 'train' if (root / 'train').is_dir() else root
         if not root.is_dir():
             raise models.InputError(f'--data_path: there is no folder {root}')
-        labelled = any(entry.is_dir() for entry in os.scandir(root))
         try:
-            dataset = (torchvision.datasets.ImageFolder if labelled else FlatFolder)(root)
+            dataset = FlatFolder(root)
         except FileNotFoundError as error:
-            raise models.InputError(f'--data_path: {str(error).splitlines()[0]}') from error
+            raise models.InputError(f'--data_path: there is no image in {root} or below it') from error
     else:
         dataset = models.load_cifar(args, train=True)
     dataset = models.SeededDataset(dataset, ViewAndNoise(args.input_size, num_patches), args.seed)
@@ -167,8 +168,8 @@ def recon_loss(pred, target, mask, beta=2.0):
 
     pred, target: (N, L, p*p*3); mask: (N, L), 1 = hidden. Returns a scalar in float32; no LayerNorm (ours).
     """
-    hidden = mask.bool()
-    return F.smooth_l1_loss(pred.float()[hidden], target.float()[hidden], beta=beta)
+    per_patch = F.smooth_l1_loss(pred.float(), target.float(), beta=beta, reduction='none').mean(dim=-1)  # (N, L)
+    return (per_patch * mask).sum() / mask.sum()
 
 
 def pixel_loss(pred, pixels, mask, norm_pix_loss=True):
@@ -180,8 +181,8 @@ def pixel_loss(pred, pixels, mask, norm_pix_loss=True):
     pixels = pixels.float()
     if norm_pix_loss:
         pixels = (pixels - pixels.mean(-1, keepdim=True)) / (pixels.var(-1, keepdim=True) + 1e-6).sqrt()
-    hidden = mask.bool()
-    return F.mse_loss(pred.float()[hidden], pixels[hidden])
+    per_patch = (pred.float() - pixels).square().mean(dim=-1)  # (N, L)
+    return (per_patch * mask).sum() / mask.sum()
 
 
 def stage_losses(model, teacher, images, masking, args):
@@ -191,19 +192,19 @@ def stage_losses(model, teacher, images, masking, args):
         with torch.no_grad():
             target = teacher.decoder_features(images, masking, args.target_layer)  # under the student's own mask
         if args.supervise == 'masked':
-            hidden = masking.ids_restore >= masking.ids_keep.shape[1]  # (N, L), equally many in each image
-            pred, target = (x[:, 1:][hidden].unflatten(0, (len(x), -1)) for x in (pred, target))
+            hidden = masking.mask.shape[1] - masking.ids_keep.shape[1]
+            ids_hidden = masking.mask.argsort(dim=1, descending=True)[:, :hidden]  # no boolean index: it waits for the GPU
+            pred, target = (models.take(x[:, 1:], ids_hidden) for x in (pred, target))
         return {'loss_feature': feature_loss(pred, target)}
-    pixels = model.module if args.distributed else model
-    pixels = pixels.patchify(images)
+    patchify = (model.module if args.distributed else model).patchify
     if args.target == 'pixel':
-        return {'loss_pixel': pixel_loss(pred, pixels, masking.mask, args.norm_pix_loss)}
+        return {'loss_pixel': pixel_loss(pred, patchify(images), masking.mask, args.norm_pix_loss)}
     with torch.no_grad():
         target = teacher.reconstruct(images, masking)
     pred = pred[:, 1:]  # class token dropped
     losses = {'loss_recon': recon_loss(pred, target, masking.mask)}
     if args.target == 'recon_gt':  # equal weights: ours, the paper does not state them
-        losses['loss_pixel'] = pixel_loss(pred, pixels, masking.mask, args.norm_pix_loss)
+        losses['loss_pixel'] = pixel_loss(pred, patchify(images), masking.mask, args.norm_pix_loss)
     return losses
 
 
@@ -216,7 +217,7 @@ def train_one_epoch(model, teacher, loader, optimizer, scheduler, scaler, progre
             scheduler.step(epoch + step / len(loader))
         images, noise = (x.to(device, non_blocking=True) for x in (images, noise))
         masking = models.random_masking(noise, args.mask_ratio)
-        models.seed_everything(args.seed, epoch, step, args.rank)
+        models.seed_everything(args.seed, epoch, step, args.rank, models.STEP)
         update = (step + 1) % args.accum_iter == 0
         with model.no_sync() if args.distributed and not update else contextlib.nullcontext():
             with torch.autocast(device.type, dtype=AMP_DTYPES[args.amp], enabled=args.amp != 'off'):
@@ -241,7 +242,7 @@ class Progress:
     """Means of an epoch, kept on the device: one host sync per printed line, where a failed run is stopped, too."""
 
     def __init__(self, args):
-        self.args, self.named = args, set()
+        self.args, self.named, self.skipped = args, set(), 0
 
     def watch(self, loader, epoch):
         """Yields (step, batch), measures how long the loop waits for data, and prints every --print_freq steps."""
@@ -280,8 +281,9 @@ class Progress:
         if len(failed) or (self.args.amp != 'fp16' and not math.isfinite(norm)):
             bad = int(failed[0]) if len(failed) else len(rows) - 1
             parts = ', '.join(f'{name} {value:.4g}' for name, value in zip(self.names, rows[bad].tolist()))
-            raise FloatingPointError(f'not finite at epoch {self.epoch} step {self.step + 1 - len(rows) + bad}: {parts}, '
-                                     f'grad_norm {norm:.4g}. The last checkpoint is kept; lower the learning rate')
+            step = self.step + 2 - len(rows) + bad  # counted from 1, as in the printed lines
+            raise FloatingPointError(f'not finite at epoch {self.epoch + 1} step {step}: {parts}, grad_norm {norm:.4g}. '
+                                     'The last checkpoint is kept; lower the learning rate')
         self.rows, self.sums = [], self.sums + rows.sum(0)
         done, spent = self.step + 1, time.time() - self.start
         left = (self.args.epochs - self.epoch) * self.steps - done
@@ -321,16 +323,18 @@ def start_run(args):
         if getattr(args, flag) < 0:
             raise models.InputError(f'--{flag} must not be negative')
     used = [name for name in ('checkpoint.pth', 'log.txt', 'args.json') if (Path(args.output_dir) / name).exists()]
-    if used and not args.resume:
+    own = args.resume == 'auto' or (args.resume and Path(args.resume).resolve().parent == Path(args.output_dir).resolve())
+    if used and not own and not getattr(args, 'eval', False):
         raise models.InputError(f'--output_dir {args.output_dir} holds another run ({", ".join(used)}): choose another '
                                 'folder, or go on with it by --resume auto')
     device = init_distributed_device(args)
     args.amp = args.amp or ('off' if device.type != 'cuda' else 'bf16' if torch.cuda.is_bf16_supported(False) else 'fp16')
     if args.amp == 'fp16' and device.type != 'cuda':
         raise models.InputError('--amp fp16 needs a GPU; take bf16 or off')
-    git = ['git', '-C', str(Path(__file__).resolve().parent)]
-    commit, changes = (subprocess.run(git + words, check=False, capture_output=True, text=True).stdout.strip()
-                       for words in (['rev-parse', '--short', 'HEAD'], ['status', '--porcelain', '-uno']))
+    git, commit, changes = ['git', '-C', str(Path(__file__).resolve().parent)], '', ''
+    with contextlib.suppress(FileNotFoundError):  # no git on this machine
+        commit, changes = (subprocess.run(git + words, check=False, capture_output=True, text=True).stdout.strip()
+                           for words in (['rev-parse', '--short', 'HEAD'], ['status', '--porcelain', '-uno']))
     models.say(f'command: {shlex.join(sys.argv)}\ncommit {commit or "unknown"}{" with changes" if changes else ""}, '
                f'torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}, '
                f'{args.world_size} x {torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}, amp {args.amp}')
@@ -376,19 +380,30 @@ def resume_checkpoint(args, model, optimizer, scaler, classes):
     Raises InputError if the file is no checkpoint of such a run, or of other classes. Says which arguments differ.
     """
     path = Path(args.output_dir) / 'checkpoint.pth' if args.resume == 'auto' else args.resume
-    if not path or (args.resume == 'auto' and not path.exists()):
+    found = bool(path) and (args.resume != 'auto' or path.exists())
+    if args.distributed:
+        everywhere = [None] * args.world_size
+        dist.all_gather_object(everywhere, found)
+        if len(set(everywhere)) > 1:
+            raise models.InputError(f'some processes do not see {path}: all machines must share the disk of --output_dir')
+    if not found:
         return 0, 0.0
     checkpoint = models.read_checkpoint(path)
-    lacking = [key for key in ('model', 'optimizer', 'scaler', 'epoch', 'args') if key not in checkpoint]
-    if lacking:
-        raise models.InputError(f'{path} cannot be resumed: it has no {lacking[0]!r}; --finetune starts from weights')
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('args'), dict) or any(
+            key not in checkpoint for key in ('model', 'optimizer', 'scaler', 'epoch', 'train_seconds')):
+        raise models.InputError(f'{path} is no checkpoint of these scripts and cannot be resumed; --finetune starts from '
+                                'the weights of others')
     models.load_exactly(model, checkpoint['model'], path)
     models.check_classes(checkpoint.get('classes'), classes, path)
+    given = [{key: group[key] for key in ('weight_decay', 'lr_scale') if key in group} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(checkpoint['optimizer'])
     except (ValueError, KeyError) as error:
         raise models.InputError(f'{path} cannot be resumed: the optimizer has other groups ({error})') from error
-    scaler.load_state_dict(checkpoint['scaler'])
+    for group, values in zip(optimizer.param_groups, given):
+        group.update(values)  # a value that was changed by hand wins over the file's
+    if checkpoint['scaler']:  # empty where the run was not in fp16
+        scaler.load_state_dict(checkpoint['scaler'])
     changed = [name for name, value in checkpoint['args'].items() if getattr(args, name, value) != value]
     changed = [name for name in changed if name not in ('resume', 'output_dir', 'rank', 'local_rank')]
     models.say(f'resumed {path} after epoch {checkpoint["epoch"] + 1}' +
@@ -422,7 +437,7 @@ def main(args):
     # 1. process group, device, seed
     device = start_run(args)
     resolve_recipe(args)
-    models.seed_everything(args.seed)
+    models.seed_everything(args.seed, models.START)
     # 2. data
     patch = models.parse_name(args.model).patch
     height, width = models.check_img_size(args.input_size, patch)
@@ -472,8 +487,8 @@ def main(args):
 if __name__ == '__main__':
     try:
         main(get_args_parser().parse_args())
-    except (models.InputError, FloatingPointError) as error:
-        sys.exit(f'error: {error}')
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except (models.InputError, FloatingPointError) as error:  # from a data worker it arrives as the end of a traceback
+        sys.exit(f'error: {str(error).splitlines()[-1]}')
+    # only after success: a process that fails must not wait here for the others, torchrun ends them when it has gone
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -6,9 +6,13 @@ Sources: He et al., "Masked Autoencoders Are Scalable Vision Learners" (CVPR 202
 Distillation of Masked Autoencoders" (CVPR 2023); Touvron et al., "Training data-efficient image transformers" (ICML 2021).
 """
 import argparse
+import hashlib
 import os
+import pickle
+import pickletools
 import random
 import re
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -293,20 +297,20 @@ def create_vit(name, num_classes, img_size=224, distilled=False, global_pool='to
     return model
 
 
-def reset_heads(model):
-    """Start values of the heads for fine-tuning: class head truncated normal 2e-5 (MAE), distillation head 0.02 (timm)."""
+def reset_head(model):
+    """Start value of the class head for fine-tuning: truncated normal 2e-5 (MAE); a distillation head keeps timm's 0.02."""
     trunc_normal_(model.head.weight, std=2e-5)
     nn.init.zeros_(model.head.bias)
 
 
-def create_vit_like(state_dict, name, img_size=224):
+def create_vit_like(state_dict, name, img_size=224, path='the checkpoint'):
     """The classifier that a checkpoint holds (distilled or not, pooled or not, number of classes): build, do not load.
 
-    Raises InputError if it holds no classifier.
+    Raises InputError if it holds no classifier; `path` is for that message.
     """
     if 'head.weight' not in state_dict:
-        raise InputError('the checkpoint has no classification head (head.weight): give one that was trained with '
-                         'specific_distill_cls.py or fine-tuned by MAE, DeiT or timm')
+        raise InputError(f'{path} has no classification head (head.weight): give a checkpoint of specific_distill_cls.py, '
+                         'or one fine-tuned by MAE, DeiT or timm')
     return create_vit(name, len(state_dict['head.weight']), img_size, distilled='head_dist.weight' in state_dict,
                       global_pool='avg' if 'fc_norm.weight' in state_dict else 'token')
 
@@ -353,7 +357,9 @@ def from_hugging_face(state_dict):
 
 def fetch(url):
     """https URL -> path of the downloaded file, kept in torch hub's cache; one process per machine downloads."""
-    path = Path(torch.hub.get_dir()) / 'checkpoints' / url.split('?')[0].rsplit('/', 1)[-1]
+    # many models share a file name: the address is part of the key
+    name = hashlib.sha256(url.encode()).hexdigest()[:8] + '-' + url.split('?')[0].rsplit('/', 1)[-1]
+    path = Path(torch.hub.get_dir()) / 'checkpoints' / name
     if int(os.environ.get('LOCAL_RANK', '0')) == 0 and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -363,6 +369,22 @@ def fetch(url):
     if dist.is_initialized():
         dist.barrier()
     return path
+
+
+def first_global(path):
+    """Name of the first class or function that a plain pickle asks for, found without running it; None if there is none."""
+    strings = []
+    try:
+        for opcode, argument, _ in pickletools.genops(path.read_bytes()):
+            if opcode.name in ('GLOBAL', 'INST'):
+                return argument.replace(' ', '.')
+            if opcode.name == 'STACK_GLOBAL':
+                return '.'.join(strings[-2:])
+            if isinstance(argument, str):
+                strings.append(argument)
+    except ValueError:  # no pickle at all
+        pass
+    return None
 
 
 def read_checkpoint(path):
@@ -378,13 +400,15 @@ def read_checkpoint(path):
         if path.suffix == '.safetensors':
             from safetensors.torch import load_file
             return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter('ignore')
             return torch.load(path, map_location='cpu', weights_only=True)
     # a damaged file makes the unpickler raise nearly anything (RuntimeError, EOFError, KeyError, SafetensorError ...)
     except Exception as error:
         refused = re.search(r'GLOBAL (\S+)', str(error))
+        refused = refused[1] if refused else isinstance(error, pickle.UnpicklingError) and first_global(path)
         if refused:
-            raise InputError(f'{path} is refused: it wants to use {refused[1]}, which weights do not need. '
+            raise InputError(f'{path} is refused: it wants to use {refused}, which weights do not need. '
                              'Do not trust it; if it is yours, save tensors and plain types only') from error
         reason = (str(error) or type(error).__name__).splitlines()[0][:160]
         raise InputError(f'{path} is no whole checkpoint (truncated download, or another kind of file?): '
@@ -501,7 +525,7 @@ def check_classes(theirs, ours, path):
         differing = next((pair for pair in zip(theirs, ours) if pair[0] != pair[1]), None)
         differing = f'{differing[0]!r} is {differing[1]!r} here' if differing else 'the others are the same'
         raise InputError(f'{path} was trained on other classes ({len(theirs)} there, {len(ours)} in --data_path; '
-                                f'{differing}): give the data that it belongs to')
+                         f'{differing}): give the data that it belongs to')
 
 
 class Loaded(NamedTuple):
@@ -527,6 +551,8 @@ def load_pretrained(model, path):
     for k in (k for k in own if k in state and k not in new and state[k].shape != own[k].shape):
         raise InputError(f'{path} holds another architecture: {k} is {tuple(state[k].shape)} there and '
                          f'{tuple(own[k].shape)} in the model; give the right --model')
+    if 'norm.weight' in new and 'fc_norm.weight' in state:
+        raise InputError(f'{path} was trained with global pooling and has no norm for a class token: give --global_pool')
     for what, names, pattern in (('lacks', new, r'^(head\.|head_dist\.|dist_token|fc_norm\.)'),
                                  ('has, without a place in the model,', left_out, expected)):
         wrong = [k for k in names if not re.match(pattern, k)]
@@ -546,8 +572,11 @@ def load_pretrained(model, path):
 # ---------------------------------------------------------------------------------------------------- randomness and data
 
 
+SAMPLE, STEP, START = 1, 2, 3  # last entry of a seed's key, so that no two kinds of draws share a stream
+
+
 def seed_everything(*key):
-    """Seeds torch, numpy and random from integers such as (seed, epoch, index): draws are reseeded, never carried on."""
+    """Seeds torch, numpy and random from integers, e.g. (seed, epoch, index, SAMPLE): reseed, never carry on."""
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
@@ -571,7 +600,7 @@ class SeededDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         epoch, index = key
-        seed_everything(self.seed, epoch, index)
+        seed_everything(self.seed, epoch, index, SAMPLE)
         bad_files = []
         while len(bad_files) < 100:  # more in a row is no bad file but a lost disk
             try:
@@ -582,7 +611,7 @@ class SeededDataset(torch.utils.data.Dataset):
                 index = (index + 1) % len(self.dataset)
                 continue
             return self.transform(image), label, '\n'.join(bad_files)
-        raise OSError(f'100 unreadable images in a row, the last {bad_files[-1]}')
+        raise InputError(f'100 unreadable images in a row, the last {bad_files[-1]}')
 
 
 class EpochSampler(torch.utils.data.Sampler):
@@ -596,7 +625,7 @@ class EpochSampler(torch.utils.data.Sampler):
         per_update = args.batch_size * args.accum_iter * args.world_size
         if length < per_update:
             raise InputError(f'the data set has {length} images, fewer than one batch of {per_update} '
-                                    '(--batch_size x --accum_iter x processes): lower --batch_size')
+                             '(--batch_size x --accum_iter x processes): lower --batch_size')
         self.length, self.seed, self.rank, self.world_size, self.epoch = length, args.seed, args.rank, args.world_size, 0
         self.used = length // per_update * per_update
 
@@ -614,4 +643,4 @@ def load_cifar(args, train):
         return getattr(torchvision.datasets, args.data_set)(args.data_path, train=train)
     except RuntimeError as error:
         raise InputError(f'--data_path {args.data_path} does not hold {args.data_set} as torchvision stores it: '
-                                f'torchvision.datasets.{args.data_set}(path, download=True) fetches it') from error
+                         f'torchvision.datasets.{args.data_set}(path, download=True) fetches it') from error

@@ -59,7 +59,7 @@ def get_args_parser():
     group.add_argument('--teacher_path', help='checkpoint of the teacher, path or https URL; without it labels alone teach')
     group.add_argument('--distillation_type', default='hard', choices=['hard', 'soft', 'none'],
                        help='the teacher gives its top class, or its distribution; none leaves it out')
-    group.add_argument('--distillation_alpha', type=float, default=0.5, help='weight of the teacher; 1 - alpha of the labels')
+    group.add_argument('--distillation_alpha', type=float, default=0.5, help='weight of the teacher, against 1 - alpha')
     group.add_argument('--distillation_tau', type=float, default=1.0, help='temperature of the soft type')
 
     group = parser.add_argument_group('model')
@@ -81,7 +81,8 @@ def get_args_parser():
     group.add_argument('--lr', type=float, help='absolute learning rate; overrides --blr')
     group.add_argument('--min_lr', type=float, default=1e-6, help='end of the cosine (the authors\' code)')
     group.add_argument('--layer_decay', type=float, help='learning-rate factor per block: 0.75 with --finetune, else 1')
-    group.add_argument('--weight_decay', type=float, default=0.05, help='AdamW weight decay, none on 1-D parameters')
+    group.add_argument('--weight_decay', type=float, default=0.05,
+                       help='AdamW weight decay, none on 1-D parameters, tokens and positions')
     group.add_argument('--clip_grad', type=float, help='largest gradient norm; not clipped unless given')
 
     group = parser.add_argument_group('augmentation')
@@ -105,7 +106,7 @@ def get_args_parser():
     group.add_argument('--print_freq', type=int, default=50, help='steps between printed lines')
     group.add_argument('--num_workers', type=int, default=10, help='data-loading processes per training process')
     group.add_argument('--seed', type=int, default=0, help='seed of everything random')
-    group.add_argument('--device', help='cuda, cpu ...; cuda where there is one unless given')
+    group.add_argument('--device', help='cuda or cpu; cuda where there is one unless given')
     group.add_argument('--amp', choices=['bf16', 'fp16', 'off'],
                        help='autocast type; by default bf16 where the GPU has it, else fp16, and off on a CPU')
     return parser
@@ -126,10 +127,13 @@ def resolve_recipe(args):
     for flag, value in RECIPES[recipe].items():
         if getattr(args, flag) is None:
             setattr(args, flag, value)
-    if (args.mixup > 0 or args.cutmix > 0) and args.batch_size % 2:
+    if args.eval_every < 1:
+        raise models.InputError('--eval_every must be at least 1')
+    if (args.mixup > 0 or args.cutmix > 0) and args.batch_size % 2 and not args.eval:
         raise models.InputError(f'--batch_size {args.batch_size}: mixup and cutmix pair images and need an even number; '
                                 'change it, or pass --mixup 0 --cutmix 0')
-    models.say(f'recipe: Table 1, {recipe}, {args.distillation_type if args.teacher_path else "no"} distillation')
+    if not args.eval:
+        models.say(f'recipe: Table 1, {recipe}, {args.distillation_type if args.teacher_path else "no"} distillation')
 
 
 def posterize(image, bits_to_keep, **_):
@@ -139,14 +143,18 @@ def posterize(image, bits_to_keep, **_):
 
 def build_transform(args, is_train):
     """PIL image -> normalised (3, H, W). Training: DeiT's augmentation; else resize 256/224 bicubic and centre crop."""
-    NAME_TO_OP['PosterizeIncreasing'] = posterize
+    NAME_TO_OP.update(Posterize=posterize, PosterizeIncreasing=posterize)
     tiny = max(args.input_size) <= 32
     if not is_train:
         # MAE: no enlargement above 224; images of 32 pixels are whole
         crop = 1.0 if tiny or max(args.input_size) > 224 else 224 / 256
         return create_transform(args.input_size, interpolation='bicubic', crop_pct=crop)
-    transform = create_transform(args.input_size, is_training=True, color_jitter=None, interpolation='bicubic',
-                                 auto_augment=None if args.aa == 'none' else args.aa, re_prob=args.reprob, re_mode='pixel')
+    policy = None if args.aa == 'none' else args.aa
+    try:
+        transform = create_transform(args.input_size, is_training=True, color_jitter=None, interpolation='bicubic',
+                                     auto_augment=policy, re_prob=args.reprob, re_mode='pixel')
+    except (AssertionError, KeyError) as error:
+        raise models.InputError(f'--aa {args.aa}: timm knows no such policy; the recipe has rand-m9-mstd0.5-inc1') from error
     if tiny:  # DeiT, for CIFAR: a random crop with 4 pixels of padding in place of RandomResizedCrop
         transform.transforms[:1] = [transforms.Resize(args.input_size), transforms.RandomCrop(args.input_size, padding=4)]
     return transform
@@ -219,7 +227,7 @@ def train_one_epoch(model, teacher, loader, optimizer, scheduler, scaler, mixup,
         if step % args.accum_iter == 0:
             scheduler.step(epoch + step / len(loader))
         images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
-        models.seed_everything(args.seed, epoch, step, args.rank)
+        models.seed_everything(args.seed, epoch, step, args.rank, models.STEP)
         if mixup is not None:
             images, labels = mixup(images, labels)  # labels become (N, C), smoothed
         update = (step + 1) % args.accum_iter == 0
@@ -256,18 +264,21 @@ def evaluate(model, loader, progress, device, args):
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top-1, top-5, images
     for images, labels, bad_files in loader:
         progress.check_files(bad_files)
-        readable = [not name for name in bad_files]
-        images, labels = images[readable].to(device, non_blocking=True), labels[readable].to(device, non_blocking=True)
+        if any(bad_files):
+            readable = [not name for name in bad_files]
+            images, labels = images[readable], labels[readable]
         if not len(labels):
             continue
-        with torch.autocast(device.type, dtype=AMP_DTYPES[args.amp], enabled=args.amp != 'off'):
-            logits = model(images).float()
+        images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
+        logits = model(images)  # in float32 whatever --amp says: bf16 logits tie, and a tie is settled by chance
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # (N, 5)
-        sums += torch.stack([F.cross_entropy(logits, labels, reduction='sum').double(), hits[:, 0].sum().double(),
-                             hits.any(dim=1).sum().double(), torch.tensor(float(len(labels)), device=device).double()])
+        sums += torch.stack([F.cross_entropy(logits, labels, reduction='sum'), hits[:, 0].sum(), hits.any(dim=1).sum(),
+                             torch.tensor(len(labels), device=device)])
     if args.distributed:
         dist.all_reduce(sums)
     loss, top1, top5, count = sums.tolist()
+    if not count:
+        raise models.InputError('no validation image could be read')
     models.say(f'test: top-1 {100 * top1 / count:.2f} % top-5 {100 * top5 / count:.2f} % of {count:.0f} images')
     return {'test_loss': loss / count, 'test_acc1': 100 * top1 / count, 'test_acc5': 100 * top5 / count,
             'test_images': int(count)}
@@ -281,7 +292,7 @@ class Progress:
     """Means of an epoch, kept on the device: one host sync per printed line, where a failed run is stopped, too."""
 
     def __init__(self, args):
-        self.args, self.named = args, set()
+        self.args, self.named, self.skipped = args, set(), 0
 
     def watch(self, loader, epoch):
         """Yields (step, batch), measures how long the loop waits for data, and prints every --print_freq steps."""
@@ -320,8 +331,9 @@ class Progress:
         if len(failed) or (self.args.amp != 'fp16' and not math.isfinite(norm)):
             bad = int(failed[0]) if len(failed) else len(rows) - 1
             parts = ', '.join(f'{name} {value:.4g}' for name, value in zip(self.names, rows[bad].tolist()))
-            raise FloatingPointError(f'not finite at epoch {self.epoch} step {self.step + 1 - len(rows) + bad}: {parts}, '
-                                     f'grad_norm {norm:.4g}. The last checkpoint is kept; lower the learning rate')
+            step = self.step + 2 - len(rows) + bad  # counted from 1, as in the printed lines
+            raise FloatingPointError(f'not finite at epoch {self.epoch + 1} step {step}: {parts}, grad_norm {norm:.4g}. '
+                                     'The last checkpoint is kept; lower the learning rate')
         self.rows, self.sums = [], self.sums + rows.sum(0)
         done, spent = self.step + 1, time.time() - self.start
         left = (self.args.epochs - self.epoch) * self.steps - done
@@ -361,16 +373,18 @@ def start_run(args):
         if getattr(args, flag) < 0:
             raise models.InputError(f'--{flag} must not be negative')
     used = [name for name in ('checkpoint.pth', 'log.txt', 'args.json') if (Path(args.output_dir) / name).exists()]
-    if used and not args.resume:
+    own = args.resume == 'auto' or (args.resume and Path(args.resume).resolve().parent == Path(args.output_dir).resolve())
+    if used and not own and not getattr(args, 'eval', False):
         raise models.InputError(f'--output_dir {args.output_dir} holds another run ({", ".join(used)}): choose another '
                                 'folder, or go on with it by --resume auto')
     device = init_distributed_device(args)
     args.amp = args.amp or ('off' if device.type != 'cuda' else 'bf16' if torch.cuda.is_bf16_supported(False) else 'fp16')
     if args.amp == 'fp16' and device.type != 'cuda':
         raise models.InputError('--amp fp16 needs a GPU; take bf16 or off')
-    git = ['git', '-C', str(Path(__file__).resolve().parent)]
-    commit, changes = (subprocess.run(git + words, check=False, capture_output=True, text=True).stdout.strip()
-                       for words in (['rev-parse', '--short', 'HEAD'], ['status', '--porcelain', '-uno']))
+    git, commit, changes = ['git', '-C', str(Path(__file__).resolve().parent)], '', ''
+    with contextlib.suppress(FileNotFoundError):  # no git on this machine
+        commit, changes = (subprocess.run(git + words, check=False, capture_output=True, text=True).stdout.strip()
+                           for words in (['rev-parse', '--short', 'HEAD'], ['status', '--porcelain', '-uno']))
     models.say(f'command: {shlex.join(sys.argv)}\ncommit {commit or "unknown"}{" with changes" if changes else ""}, '
                f'torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}, '
                f'{args.world_size} x {torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}, amp {args.amp}')
@@ -416,19 +430,30 @@ def resume_checkpoint(args, model, optimizer, scaler, classes):
     Raises InputError if the file is no checkpoint of such a run, or of other classes. Says which arguments differ.
     """
     path = Path(args.output_dir) / 'checkpoint.pth' if args.resume == 'auto' else args.resume
-    if not path or (args.resume == 'auto' and not path.exists()):
+    found = bool(path) and (args.resume != 'auto' or path.exists())
+    if args.distributed:
+        everywhere = [None] * args.world_size
+        dist.all_gather_object(everywhere, found)
+        if len(set(everywhere)) > 1:
+            raise models.InputError(f'some processes do not see {path}: all machines must share the disk of --output_dir')
+    if not found:
         return 0, 0.0
     checkpoint = models.read_checkpoint(path)
-    lacking = [key for key in ('model', 'optimizer', 'scaler', 'epoch', 'args') if key not in checkpoint]
-    if lacking:
-        raise models.InputError(f'{path} cannot be resumed: it has no {lacking[0]!r}; --finetune starts from weights')
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('args'), dict) or any(
+            key not in checkpoint for key in ('model', 'optimizer', 'scaler', 'epoch', 'train_seconds')):
+        raise models.InputError(f'{path} is no checkpoint of these scripts and cannot be resumed; --finetune starts from '
+                                'the weights of others')
     models.load_exactly(model, checkpoint['model'], path)
     models.check_classes(checkpoint.get('classes'), classes, path)
+    given = [{key: group[key] for key in ('weight_decay', 'lr_scale') if key in group} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(checkpoint['optimizer'])
     except (ValueError, KeyError) as error:
         raise models.InputError(f'{path} cannot be resumed: the optimizer has other groups ({error})') from error
-    scaler.load_state_dict(checkpoint['scaler'])
+    for group, values in zip(optimizer.param_groups, given):
+        group.update(values)  # a value that was changed by hand wins over the file's
+    if checkpoint['scaler']:  # empty where the run was not in fp16
+        scaler.load_state_dict(checkpoint['scaler'])
     changed = [name for name, value in checkpoint['args'].items() if getattr(args, name, value) != value]
     changed = [name for name in changed if name not in ('resume', 'output_dir', 'rank', 'local_rank')]
     models.say(f'resumed {path} after epoch {checkpoint["epoch"] + 1}' +
@@ -462,7 +487,7 @@ def main(args):
     # 1. process group, device, seed
     device = start_run(args)
     resolve_recipe(args)
-    models.seed_everything(args.seed)
+    models.seed_everything(args.seed, models.START)
     # 2. data
     loader, val_loader, classes = build_data(args)
     progress = Progress(args)
@@ -471,7 +496,7 @@ def main(args):
     if args.teacher_path and not args.eval:
         checkpoint = models.read_checkpoint(args.teacher_path)
         state = models.flat_state_dict(checkpoint, args.teacher_path)
-        teacher = models.create_vit_like(state, args.teacher_model, args.input_size)
+        teacher = models.create_vit_like(state, args.teacher_model, args.input_size, args.teacher_path)
         models.check_classes(checkpoint.get('classes'), classes, args.teacher_path)
         if teacher.num_classes != len(classes):
             raise models.InputError(f'{args.teacher_path} tells {teacher.num_classes} classes apart, --data_path has '
@@ -483,16 +508,17 @@ def main(args):
         checkpoint = models.read_checkpoint(path)
         state = models.flat_state_dict(checkpoint, path)
         models.check_classes(checkpoint.get('classes'), classes, path)
-        model = models.create_vit_like(state, args.model, args.input_size)
+        model = models.create_vit_like(state, args.model, args.input_size, path)
         if model.num_classes != len(classes):
             raise models.InputError(f'{path} tells {model.num_classes} classes apart, --data_path has {len(classes)}')
+        models.say('classifier:', path, *models.fit_positions(model, state, path))
         models.load_exactly(model, state, path)
         return evaluate(model.to(device), val_loader, progress, device, args)
     model_without_ddp = models.create_vit(args.model, len(classes), args.input_size, distilled=teacher is not None,
                                           global_pool='avg' if args.global_pool else 'token', drop_path_rate=args.drop_path)
     if args.finetune:
         models.load_pretrained(model_without_ddp, args.finetune)
-        models.reset_heads(model_without_ddp)
+        models.reset_head(model_without_ddp)
     model = model_without_ddp.to(device)
     if args.distributed:
         model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
@@ -527,8 +553,8 @@ def main(args):
 if __name__ == '__main__':
     try:
         main(get_args_parser().parse_args())
-    except (models.InputError, FloatingPointError) as error:
-        sys.exit(f'error: {error}')
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except (models.InputError, FloatingPointError) as error:  # from a data worker it arrives as the end of a traceback
+        sys.exit(f'error: {str(error).splitlines()[-1]}')
+    # only after success: a process that fails must not wait here for the others, torchrun ends them when it has gone
+    if dist.is_initialized():
+        dist.destroy_process_group()
