@@ -408,9 +408,11 @@ def read_checkpoint(path):
         refused = re.search(r'GLOBAL (\S+)', str(error))
         refused = refused[1] if refused else isinstance(error, pickle.UnpicklingError) and first_global(path)
         if refused:
-            raise InputError(f'{path} is refused: it wants to use {refused}, which weights do not need. '
+            raise InputError(f'{path} is refused: it wants to use {refused!r}, which weights do not need. '
                              'Do not trust it; if it is yours, save tensors and plain types only') from error
         reason = (str(error) or type(error).__name__).splitlines()[0][:160]
+        if 'weights_only' in reason:  # torch's advice to read the file unsafely; all it knows is that this is no pickle
+            reason = 'torch did not write it'
         raise InputError(f'{path} is no whole checkpoint (truncated download, or another kind of file?): '
                          f'{reason}') from error
 
@@ -434,10 +436,12 @@ def flat_state_dict(checkpoint, path):
     if not isinstance(state, dict) or not state:
         raise InputError(f'{path} holds no state dict')
     for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided \
+                or value.is_quantized or value.device.type != 'cpu':
+            raise InputError(f'{path}: entry {key!r} is not a plain tensor with a name ({type(value).__name__})')
         # a file of a few kB can claim a tensor of any size by expanding one number
-        if not isinstance(value, torch.Tensor) or value.is_sparse \
-                or value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise InputError(f'{path}: entry {key!r} is not a plain tensor ({type(value).__name__})')
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise InputError(f'{path}: entry {key!r} claims {value.numel()} numbers that the file does not hold')
     state = {re.sub(r'^(module\.)?(backbone\.)?', '', key): value for key, value in state.items()}
     if any('patch_embeddings.projection' in key for key in state):
         state = from_hugging_face(state)
@@ -497,7 +501,7 @@ def load_exactly(model, state_dict, path):
         raise InputError(f'{path} has no decoder ({missing[0]} and {len(missing) - 1} more are missing): {DECODER_HELP}')
     wrong = [k for k in own if k in state_dict and state_dict[k].shape != own[k].shape]
     if missing or unexpected or wrong:
-        reasons = [f'{len(names)} {what}, first {names[0]}' for what, names in
+        reasons = [f'{len(names)} {what}, first {names[0]!r}' for what, names in
                    (('missing', missing), ('unexpected', unexpected)) if names]
         reasons += [f'{k} is {tuple(state_dict[k].shape)} in the file and {tuple(own[k].shape)} in the model'
                     for k in wrong[:1]]
@@ -557,7 +561,7 @@ def load_pretrained(model, path):
                                  ('has, without a place in the model,', left_out, expected)):
         wrong = [k for k in names if not re.match(pattern, k)]
         if wrong:
-            raise InputError(f'{path} {what} {wrong[0]}' + (f' and {len(wrong) - 1} more' if wrong[1:] else '') +
+            raise InputError(f'{path} {what} {wrong[0]!r}' + (f' and {len(wrong) - 1} more' if wrong[1:] else '') +
                              ': is it the checkpoint of another architecture? Give the right --model')
     used = [k for k in own if k not in new]
     model.load_state_dict({k: state[k] for k in used}, strict=False)
