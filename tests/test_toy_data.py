@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import toy_data
 from PIL import Image
 
 TOOLS = Path(__file__).resolve().parents[1] / 'tools'
-sys.path.insert(0, str(TOOLS))
-import toy_data
 
 SMALL = ('--size', '32', '--train', '26', '--val', '12', '--scenes', '16', '--val_scenes', '6')
 ADE_SPLITS = {'train': 'training', 'val': 'validation'}
