@@ -372,6 +372,8 @@ def start_run(args):
     for flag in ('seed', 'num_workers', 'save_every'):
         if getattr(args, flag) < 0:
             raise models.InputError(f'--{flag} must not be negative')
+    if Path(args.output_dir).is_file():
+        raise models.InputError(f'--output_dir {args.output_dir} is a file: give a folder')
     used = [name for name in ('checkpoint.pth', 'log.txt', 'args.json') if (Path(args.output_dir) / name).exists()]
     own = args.resume == 'auto' or (args.resume and Path(args.resume).resolve().parent == Path(args.output_dir).resolve())
     if used and not own and not getattr(args, 'eval', False):
@@ -554,7 +556,7 @@ if __name__ == '__main__':
     try:
         main(get_args_parser().parse_args())
     except (models.InputError, FloatingPointError) as error:  # from a data worker it arrives as the end of a traceback
-        sys.exit(f'error: {str(error).splitlines()[-1]}')
+        sys.exit('error: ' + str(error).splitlines()[-1].removeprefix('models.InputError: '))
     # only after success: a process that fails must not wait here for the others, torchrun ends them when it has gone
     if dist.is_initialized():
         dist.destroy_process_group()
