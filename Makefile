@@ -33,7 +33,7 @@ MAE_STUDENT := mae_vit_small_patch16_dec256d4b
 TEACHER_CLS_ARGS := --epochs 100 --blr 5e-4 --layer_decay 0.65 --drop_path 0.1
 else ifeq ($(SCALE),cifar10)
 NPROC ?= 1
-COMMON := --input_size 32 --num_workers 8
+COMMON := --device $(DEVICE) --input_size 32 --num_workers 8
 ifeq ($(DEVICE),cuda)
 DATA := $(CIFAR10)
 COMMON += $(if $(wildcard $(CIFAR10)/cifar-10-batches-py),--data_set CIFAR10)
@@ -47,7 +47,7 @@ else
 # 4,000 training images, all test images; see README, "Results", for how the recipe was chosen
 IMAGES ?= 400
 DATA := $(RUNS)/data
-COMMON := --input_size 32 --num_workers 0
+COMMON := --device $(DEVICE) --input_size 32 --num_workers 0
 MAE_TEACHER := mae_vit_nano_patch4_dec64d2b
 MAE_STUDENT := mae_vit_pico_patch4_dec32d2b
 MAE_ARGS := --batch_size 128 --accum_iter 1 --lr 1e-3 --target_layer 1
@@ -62,7 +62,7 @@ else ifeq ($(SCALE),toy)
 NPROC ?= 2
 DATA := $(RUNS)/data/imagenet
 TOY_ARGS := --size 32 --only imagenet
-COMMON := --input_size 32 --num_workers 0 --lr 2e-3 --warmup_epochs 3
+COMMON := --device $(DEVICE) --input_size 32 --num_workers 0 --lr 2e-3 --warmup_epochs 3
 MAE_TEACHER := mae_vit_nano_patch8_dec64d2b
 MAE_STUDENT := mae_vit_pico_patch8_dec32d2b
 MAE_ARGS := --batch_size 32 --accum_iter 1 --target_layer 1
@@ -80,9 +80,9 @@ CLS_TEACHER := $(call strip_decoder,$(MAE_TEACHER))
 CLS_STUDENT := $(call strip_decoder,$(MAE_STUDENT))
 
 RUN = $(PYTHON) -m torch.distributed.run --standalone --nproc_per_node=$(NPROC)
-STAGE1 = $(RUN) generic_distill.py --data_path $(DATA) --output_dir $(@D) --resume auto --seed $(SEED) --device $(DEVICE) \
+STAGE1 = $(RUN) generic_distill.py --data_path $(DATA) --output_dir $(@D) --resume auto --seed $(SEED) \
 	$(COMMON) $(MAE_ARGS)
-STAGE2 = $(RUN) specific_distill_cls.py --data_path $(DATA) --output_dir $(@D) --resume auto --seed $(SEED) --device $(DEVICE) \
+STAGE2 = $(RUN) specific_distill_cls.py --data_path $(DATA) --output_dir $(@D) --resume auto --seed $(SEED) \
 	$(COMMON) $(STAGE2_ARGS)
 # final.pth appears when all epochs are done; checkpoint.pth of an interrupted run is what --resume auto goes on from
 FINISH = ln -f $(@D)/checkpoint.pth $@ && touch $@
