@@ -278,7 +278,8 @@ class DistilledViT(LayerDecayGroups, VisionTransformerDistilled):
 def create_vit(name, num_classes, img_size=224, distilled=False, global_pool='token', drop_path_rate=0.0):
     """A classifier by name, e.g. `vit_small_patch16`: timm's VisionTransformer, or its DeiT if `distilled`.
 
-    global_pool: timm's 'token' (class token, as DeiT) or 'avg' (mean of the patch tokens, then `fc_norm`, as MAE).
+    global_pool: timm's 'token' (class token, as DeiT) or 'avg' (mean of the patch tokens, then `fc_norm`, as MAE), or MAE's
+    False and True for these two.
     In training mode a distilled network returns (class logits, distillation logits), else the mean of the two.
     Raises InputError for an unknown name, a size that the patch does not divide, or 'avg' with `distilled`.
     """
@@ -286,6 +287,7 @@ def create_vit(name, num_classes, img_size=224, distilled=False, global_pool='to
     if parsed.is_mae:
         raise InputError(f'{name!r} names an autoencoder; its encoder alone is called '
                          f'{re.sub("^mae_|_dec.*", "", name)}')
+    global_pool = {False: 'token', True: 'avg'}.get(global_pool, global_pool)
     if distilled and global_pool != 'token':
         raise InputError('a distilled network reads its class and distillation tokens: leave --global_pool out')
     size, kwargs = parsed.size, {} if distilled else {'global_pool': global_pool}

@@ -517,7 +517,7 @@ def main(args):
         models.load_exactly(model, state, path)
         return evaluate(model.to(device), val_loader, progress, device, args)
     model_without_ddp = models.create_vit(args.model, len(classes), args.input_size, distilled=teacher is not None,
-                                          global_pool='avg' if args.global_pool else 'token', drop_path_rate=args.drop_path)
+                                          global_pool=args.global_pool, drop_path_rate=args.drop_path)
     if args.finetune:
         models.load_pretrained(model_without_ddp, args.finetune)
         models.reset_head(model_without_ddp)

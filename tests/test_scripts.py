@@ -387,7 +387,7 @@ def stage_flags(script, data, chain):
 
 @BOTH
 def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_stopped(script, data, chain, tmp_path, capsys):
-    """METHOD, randomness: a resume is exact, and the number of data-loading workers changes nothing."""
+    """README, randomness: a resume is exact, and the number of data-loading workers changes nothing."""
     flags = (*stage_flags(script, data, chain), '--epochs', 4)
     run(script, tmp_path / 'whole', *flags, '--save_every', 1)
     whole, half = checkpoint_of(tmp_path / 'whole'), checkpoint_of(tmp_path / 'whole', 'checkpoint-1.pth')
@@ -405,7 +405,7 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_stopped(script, da
 
 @BOTH
 def test_another_seed_gives_another_run(script, data, chain, tmp_path):
-    """METHOD, randomness: the comparison of bits above would see a difference in the draws."""
+    """README, randomness: the comparison of bits above would see a difference in the draws."""
     weights = []
     for seed in (0, 1):
         run(script, tmp_path / str(seed), *stage_flags(script, data, chain), '--epochs', 1, '--warmup_epochs', 0,
@@ -521,7 +521,7 @@ def two_processes(data, chain, spoilt, tmp_path_factory):
 
 
 def test_two_processes_and_accumulation_train_like_one_large_batch(data, chain, two_processes, tmp_path):
-    """METHOD, randomness: stage 1 gives the same training on 1 x 16 and 2 x 8 samples, and on 8 accumulated twice."""
+    """README, randomness: stage 1 gives the same training on 1 x 16 and 2 x 8 samples, and on 8 accumulated twice."""
     flags = (*stage_flags(GENERIC, data, chain), '--epochs', 4, '--lr', 1e-4)
     run(GENERIC, tmp_path / 'large', *flags, '--batch_size', 16, '--save_every', 1)
     run(GENERIC, tmp_path / 'accumulated', *flags, '--accum_iter', 2)
@@ -537,7 +537,7 @@ def test_two_processes_and_accumulation_train_like_one_large_batch(data, chain, 
 
 @pytest.mark.parametrize('stage', ['stage 1', 'classification'])
 def test_a_resume_on_two_processes_is_exact(stage, two_processes):
-    """METHOD, randomness: a resume is exact on several processes, too."""
+    """README, randomness: a resume is exact on several processes, too."""
     whole, resumed = two_processes.folder / stage, two_processes.folder / f'{stage} resumed'
     assert checkpoint_of(whole)['args']['world_size'] == 2
     assert largest_difference(checkpoint_of(whole)['model'], checkpoint_of(whole, 'checkpoint-1.pth')['model']) > 1e-4
@@ -547,7 +547,7 @@ def test_a_resume_on_two_processes_is_exact(stage, two_processes):
 
 
 def test_two_processes_evaluate_like_one(data, two_processes):
-    """METHOD 3: every sample is counted exactly once on any number of processes."""
+    """Stage 2: every sample is counted exactly once on any number of processes."""
     last = log_of(two_processes.folder / 'classification')[-1]
     alone = run(CLS, two_processes.folder / 'none', '--data_path', data, '--eval', '--resume',
                 two_processes.folder / 'classification/checkpoint.pth')
@@ -565,7 +565,7 @@ def test_two_processes_sum_their_unreadable_images(two_processes):
 
 @pytest.mark.parametrize('world_size', [1, 2, 4, 10])
 def test_every_validation_image_belongs_to_exactly_one_process(world_size, data, chain):
-    """METHOD 3: 10 images on 4 processes are 10 images, and the processes' sums are those of one."""
+    """Stage 2: 10 images on 4 processes are 10 images, and the processes' sums are those of one."""
     model = models.create_vit('vit_pico_patch8', 3, 16)
     model.load_state_dict(checkpoint_of(chain / 'deit')['model'])
     args = parse(CLS, 'none', '--data_path', data, '--eval')
@@ -605,7 +605,7 @@ STAGE_1 = ('mae', 'feature', 'masked', 'recon', 'recon_gt')
 
 @pytest.mark.parametrize('name', PRODUCTS)
 def test_each_kind_of_run_holds_its_network_and_logs_its_terms(name, chain):
-    """METHOD 1 and 7: the table of what the scripts make, the log's keys, and what a checkpoint holds."""
+    """The stages and their files: the table of what the scripts make, the log's keys, and what a checkpoint holds."""
     terms, has, has_not = PRODUCTS[name]
     checkpoint = checkpoint_of(chain / name)
     assert has <= set(checkpoint['model']) and not has_not & set(checkpoint['model'])
@@ -626,7 +626,7 @@ def test_each_kind_of_run_holds_its_network_and_logs_its_terms(name, chain):
 
 @pytest.mark.parametrize('name', PRODUCTS)
 def test_a_checkpoint_holds_tensors_and_plain_types_alone(name, chain):
-    """METHOD 7: a checkpoint opens with torch's weights-only default and nothing allowed besides."""
+    """Checkpoints: a checkpoint opens with torch's weights-only default and nothing allowed besides."""
     path = chain / name / 'checkpoint.pth'
     assert torch.serialization.get_unsafe_globals_in_checkpoint(path) == []
     checkpoint = torch.load(path, weights_only=True)
@@ -640,14 +640,14 @@ def test_a_checkpoint_holds_tensors_and_plain_types_alone(name, chain):
 
 
 def test_the_feature_head_is_as_wide_as_what_it_predicts(chain):
-    """METHOD 2: decoder width of the teacher, or the numbers of a patch, 8 * 8 * 3."""
+    """Stage 1: decoder width of the teacher, or the numbers of a patch, 8 * 8 * 3."""
     widths = {name: len(checkpoint_of(chain / name)['model']['feature_head.fc2.weight'])
               for name in ('feature', 'masked', 'recon', 'recon_gt')}
     assert widths == {'feature': 32, 'masked': 32, 'recon': 192, 'recon_gt': 192}
 
 
 def test_classifiers_load_strictly_into_timm(chain):
-    """METHOD 3: timm's naming, so that timm's own classes take our checkpoints with strict=True."""
+    """Stage 2: timm's naming, so that timm's own classes take our checkpoints with strict=True."""
     size = {'img_size': 16, 'patch_size': 8, 'embed_dim': 32, 'depth': 2, 'num_heads': 2, 'num_classes': 3}
     for name, network in (('deit', VisionTransformer(**size)), ('teacher', VisionTransformer(**size, global_pool='avg')),
                           ('g2sd', VisionTransformerDistilled(**size))):
@@ -656,7 +656,7 @@ def test_classifiers_load_strictly_into_timm(chain):
 
 @pytest.mark.parametrize('flags', [(), ('--distillation_type', 'none')], ids=['g2sd', 'no teacher'])
 def test_stage_2_starts_from_the_encoder_of_stage_1(flags, data, chain, tmp_path):
-    """METHOD 1: the student's decoder is thrown away, the encoder starts the task model unchanged."""
+    """The stages: the student's decoder is thrown away, the encoder starts the task model unchanged."""
     run(CLS, tmp_path, '--data_path', data, '--finetune', chain / 'feature/checkpoint.pth', '--teacher_path',
         chain / 'teacher/checkpoint.pth', '--epochs', 1, '--warmup_epochs', 0, '--lr', 0, '--min_lr', 0, *flags)
     student, start_values = checkpoint_of(chain / 'feature')['model'], checkpoint_of(tmp_path)['model']
@@ -668,7 +668,7 @@ def test_stage_2_starts_from_the_encoder_of_stage_1(flags, data, chain, tmp_path
 
 
 def test_the_teacher_of_stage_1_decides_what_the_student_learns(data, chain, tmp_path):
-    """METHOD 2: the target comes from the given teacher and block, and the mask reaches the loss."""
+    """Stage 1: the target comes from the given teacher and block, and the mask reaches the loss."""
     first = {}
     changed = checkpoint_of(chain / 'mae')['model']
     changed['blocks.0.mlp.fc1.weight'] = -changed['blocks.0.mlp.fc1.weight']
@@ -751,7 +751,7 @@ def test_the_target_chooses_the_recipe_of_stage_1(flags, expected):
     (('--finetune', 'x', '--teacher_path', 'y', '--distillation_type', 'none'), True),
 ])
 def test_global_pooling_is_the_default_of_fine_tuning_without_a_teacher(flags, pooled):
-    """METHOD 3: mean of the patch tokens with --finetune, class token from scratch and with a teacher."""
+    """Stage 2: mean of the patch tokens with --finetune, class token from scratch and with a teacher."""
     args = CLS.get_args_parser().parse_args(flags)
     CLS.resolve_recipe(args)
     assert args.global_pool is pooled
@@ -775,7 +775,7 @@ def test_learning_rate_follows_the_effective_batch(script, capsys):
 
 @BOTH
 def test_learning_rate_warms_up_and_ends_near_the_minimum(script, data, chain, tmp_path):
-    """METHOD 2 and 3: linear warm-up, then a cosine to min_lr, set before each update."""
+    """Both recipes: linear warm-up, then a cosine to min_lr, set before each update."""
     run(script, tmp_path, *stage_flags(script, data, chain), '--epochs', 4, '--min_lr', 1e-4)
     step = np.arange(24) / 6
     cosine = 1e-4 + (1e-3 - 1e-4) * (1 + np.cos(np.pi * (step - 1) / 3)) / 2
@@ -805,7 +805,7 @@ def named(text):
 
 @BOTH
 def test_an_unreadable_image_stops_the_run_and_is_named(script, spoilt, tmp_path):
-    """METHOD, one bad file: the run stops and names it."""
+    """README, one bad file: the run stops and names it."""
     flags = ('--target', 'pixel') if script is GENERIC else ()
     with pytest.raises(models.InputError) as error:
         run(script, tmp_path, '--data_path', spoilt.data, *flags)
@@ -817,7 +817,7 @@ def test_an_unreadable_image_stops_the_run_and_is_named(script, spoilt, tmp_path
 @BOTH
 @pytest.mark.parametrize('workers', [0, 1])
 def test_an_unreadable_image_is_skipped_named_once_and_counted(script, workers, spoilt, tmp_path, capsys):
-    """METHOD, one bad file: with --skip_bad_images it is named once, counted in the log, and the next takes its place."""
+    """README, one bad file: with --skip_bad_images it is named once, counted in the log, and the next takes its place."""
     flags = ('--target', 'pixel') if script is GENERIC else ()
     run(script, tmp_path, '--data_path', spoilt.data, '--skip_bad_images', '--num_workers', workers, *flags)
     lines = log_of(tmp_path)
@@ -830,7 +830,7 @@ def test_an_unreadable_image_is_skipped_named_once_and_counted(script, workers, 
 
 
 def test_evaluation_alone_skips_an_unreadable_image(spoilt, chain, tmp_path, capsys):
-    """METHOD, one bad file: --eval treats it like training does; it is left out of the accuracy."""
+    """README, one bad file: --eval treats it like training does; it is left out of the accuracy."""
     flags = ('--data_path', spoilt.data, '--eval', '--resume', chain / 'deit/checkpoint.pth')
     with pytest.raises(models.InputError, match=re.escape(str(spoilt.val))):
         run(CLS, tmp_path / 'none', *flags)
@@ -840,7 +840,7 @@ def test_evaluation_alone_skips_an_unreadable_image(spoilt, chain, tmp_path, cap
 
 @pytest.mark.parametrize('workers', [0, 1])
 def test_a_lost_disk_ends_the_run_in_one_line(workers, tmp_path, monkeypatch):
-    """METHOD, one bad file: --skip_bad_images does not pass over everything, and a data worker's error is one line, too."""
+    """README, one bad file: --skip_bad_images does not pass over everything, and a data worker's error is one line, too."""
     for i in range(8):
         (tmp_path / f'{i}.png').write_bytes(b'no image')
     flags = ('--data_path', tmp_path, '--target', 'pixel', '--skip_bad_images', '--num_workers', workers)
@@ -853,7 +853,7 @@ def test_a_lost_disk_ends_the_run_in_one_line(workers, tmp_path, monkeypatch):
 
 
 def test_evaluation_of_unreadable_images_gives_no_number(data, chain, tmp_path):
-    """METHOD 3: an accuracy over no image is an error, not a number."""
+    """Stage 2: an accuracy over no image is an error, not a number."""
     shutil.copytree(data, tmp_path / 'data')
     for path in (tmp_path / 'data/val').rglob('*.png'):
         path.write_bytes(b'no image')
@@ -863,7 +863,7 @@ def test_evaluation_of_unreadable_images_gives_no_number(data, chain, tmp_path):
 
 
 def test_stage_1_reads_labelled_and_flat_folders(data, tmp_path):
-    """METHOD, one bad file: stage 1 takes a flat folder, a folder of classes, or one that holds train/."""
+    """README, one bad file: stage 1 takes a flat folder, a folder of classes, or one that holds train/."""
     for i in range(16):
         draw(tmp_path / f'flat/{i:02}.png', seed=i)
     shutil.copytree(tmp_path / 'flat', tmp_path / 'split/train')
@@ -879,7 +879,7 @@ def test_stage_1_reads_labelled_and_flat_folders(data, tmp_path):
 
 @BOTH
 def test_an_image_that_is_not_square_trains(script, data, chain, tmp_path):
-    """METHOD 2: non-square and any size divisible by the patch works; a teacher's positions are resized."""
+    """Stage 1: non-square and any size divisible by the patch works; a teacher's positions are resized."""
     flags = ('--epochs', 1, '--warmup_epochs', 0, '--input_size', 16, 24)
     run(script, tmp_path, *stage_flags(script, data, chain), *flags)
     checkpoint = checkpoint_of(tmp_path)
@@ -902,7 +902,7 @@ def test_grey_palette_and_transparent_images_are_read(script, tmp_path):
 
 @BOTH
 def test_cifar_trains_as_torchvision_stores_it(script, tmp_path, monkeypatch):
-    """METHOD, one bad file: --data_set CIFAR10 besides the default folder."""
+    """README, one bad file: --data_set CIFAR10 besides the default folder."""
     import pickle
 
     import torchvision
@@ -941,3 +941,35 @@ def test_classification_trains_without_mixup_on_an_odd_batch(data, tmp_path):
     """The error for an odd batch names the way out: --mixup 0 --cutmix 0."""
     run(CLS, tmp_path, '--data_path', data, '--batch_size', 7, '--mixup', 0, '--cutmix', 0, '--aa', 'none', '--reprob', 0)
     assert len(log_of(tmp_path)) == 2
+
+
+def test_a_machine_without_git_and_an_output_path_that_is_a_file(data, tmp_path, monkeypatch, capsys):
+    """`make demo` asks for Python and make only; a file in the place of the output folder is refused in one line."""
+    monkeypatch.setenv('PATH', str(tmp_path))
+    GENERIC.start_run(parse(GENERIC, tmp_path / 'out', '--data_path', data))
+    assert 'commit unknown' in capsys.readouterr().out
+    (tmp_path / 'file').write_text('mine')
+    with pytest.raises(models.InputError, match='is a file'):
+        GENERIC.start_run(parse(GENERIC, tmp_path / 'file', '--data_path', data))
+
+
+def test_samples_and_steps_draw_from_different_streams():
+    """README, randomness: a step's mixup is no copy of a sample's augmentation, although both keys may share numbers."""
+    def draw_from(*key):
+        models.seed_everything(*key)
+        return torch.rand(3).tolist()
+    assert draw_from(0, 3, 5, models.SAMPLE) != draw_from(0, 3, 5, 0, models.STEP) != draw_from(0, models.START)
+    assert draw_from(0, 3, 5, models.SAMPLE) == draw_from(0, 3, 5, models.SAMPLE)
+
+
+def test_evaluation_alone_reads_the_authors_layout_of_a_distilled_classifier(chain, data, tmp_path):
+    """README, differences: the authors' positions have no row for the distillation token; such a file evaluates like ours."""
+    checkpoint = checkpoint_of(chain / 'g2sd')
+    positions = checkpoint['model']['pos_embed']
+    checkpoint['model']['pos_embed'][:, 1] = 0
+    torch.save({'model': checkpoint['model']}, tmp_path / 'ours.pth')
+    torch.save({'model': {**checkpoint['model'], 'pos_embed': torch.cat([positions[:, :1], positions[:, 2:]], dim=1)}},
+               tmp_path / 'theirs.pth')
+    ours, theirs = (run(CLS, tmp_path / 'out', '--data_path', data, '--eval', '--resume', tmp_path / name)
+                    for name in ('ours.pth', 'theirs.pth'))
+    assert ours == theirs

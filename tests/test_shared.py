@@ -115,7 +115,7 @@ def test_the_shared_block_holds_the_helpers_and_uses_no_name_of_one_script(path)
 
 @each_script
 def test_definitions_stand_in_the_order_of_the_skeleton(path):
-    """STYLE 2: parser, data, loss, one epoch, evaluation, shared helpers, main."""
+    """Skeleton: parser, data, loss, one epoch, evaluation, shared helpers, main."""
     names = top_level(path.read_text())
     evaluate = [] if path.name == 'generic_distill.py' else ['evaluate']
     skeleton = ['get_args_parser', 'build_data', LOSSES[path.name], 'train_one_epoch', *evaluate, *SHARED, 'main']
@@ -136,7 +136,7 @@ def test_main_reads_in_the_same_seven_paragraphs(path):
 
 @each_script
 def test_nothing_happens_at_import(path):
-    """STYLE 2: the top level holds a docstring, imports, constants and definitions, then the guarded call of main."""
+    """Skeleton: the top level holds a docstring, imports, constants and definitions, then the guarded call of main."""
     body = ast.parse(path.read_text()).body
     assert isinstance(body[0], ast.Expr) and isinstance(body[0].value.value, str)
     assert ast.unparse(body[-1].test) == "__name__ == '__main__'"
@@ -195,7 +195,7 @@ def test_every_flag_of_optimisation_and_augmentation_is_in_the_papers_table(path
 
 @each_script
 def test_eight_processes_make_the_papers_batch(path):
-    """METHOD 2 and 3: 8 x 256 x 2 = 4096 and 8 x 128 = 1024."""
+    """Both recipes: 8 x 256 x 2 = 4096 and 8 x 128 = 1024."""
     args = MODULES[path.name].get_args_parser().parse_args([])
     assert 8 * args.batch_size * args.accum_iter == MODULES[path.name].PAPER_BATCH == PAPER_BATCH[path.name]
 
