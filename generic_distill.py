@@ -237,7 +237,6 @@ def train_one_epoch(model, teacher, loader, optimizer, scheduler, scaler, progre
 # ---- shared by all scripts, byte-equal: tests/test_shared.py ---------------------------------------------------------
 
 
-
 class Progress:
     """Means of an epoch, kept on the device: one host sync per printed line, where a failed run is stopped, too."""
 
@@ -304,7 +303,6 @@ class Progress:
                 **({'train_skipped_images': int(skipped)} if self.args.skip_bad_images else {})}
 
 
-
 def start_run(args):
     """Checks the common flags and the output folder, joins the other processes, prints where the run comes from.
 
@@ -343,7 +341,6 @@ def start_run(args):
     return device
 
 
-
 def scale_lr(args, paper_batch):
     """Sets args.lr = blr * effective batch / 256 (MAE's rule) unless --lr was given, and prints the resolved recipe."""
     batch = args.batch_size * args.accum_iter * args.world_size
@@ -355,7 +352,6 @@ def scale_lr(args, paper_batch):
                f'lr {args.lr:.3g}')
     if batch != paper_batch:
         models.say(f'note: the effective batch is not the paper\'s {paper_batch}')
-
 
 
 def save_checkpoint(args, epoch, model, optimizer, scaler, classes, seconds):

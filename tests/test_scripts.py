@@ -179,7 +179,7 @@ def inputs(data, chain, tmp_path_factory):
 
 @BOTH
 def test_help_shows_the_real_defaults(script, monkeypatch, capsys):
-    """STYLE: help prints the default that the code has."""
+    """Style: help prints the default that the code has."""
     monkeypatch.setenv('COLUMNS', '10000')
     parser = script.get_args_parser()
     with pytest.raises(SystemExit) as stop:
@@ -335,7 +335,7 @@ def test_an_error_is_printed_as_one_line_without_a_traceback(inputs, tmp_path):
 @BOTH
 @pytest.mark.parametrize('step', [0, 2, 5])
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(script, step, data, tmp_path, monkeypatch):
-    """STYLE 3: a failed run says where it failed; the epoch before it stays whole."""
+    """Style: a failed run says where it failed; the epoch before it stays whole."""
     name, flags = ('stage_losses', ('--target', 'pixel')) if script is GENERIC else ('distillation_loss', ())
     compute, calls = getattr(script, name), []
 
@@ -359,7 +359,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(s
 
 
 def test_a_run_that_diverges_ends_with_an_error_status_and_the_parts_of_its_loss(data, chain, tmp_path, monkeypatch):
-    """STYLE 3: divergence by a learning rate, from the script's last lines: exit status, one line, checkpoint kept."""
+    """Style: divergence by a learning rate, from the script's last lines: exit status, one line, checkpoint kept."""
     shutil.copytree(chain / 'g2sd', tmp_path, dirs_exist_ok=True)
     before = (tmp_path / 'checkpoint.pth').read_bytes()
     flags = ('--data_path', data, '--teacher_path', chain / 'teacher/checkpoint.pth', '--finetune',
@@ -759,7 +759,7 @@ def test_global_pooling_is_the_default_of_fine_tuning_without_a_teacher(flags, p
 
 @BOTH
 def test_learning_rate_follows_the_effective_batch(script, capsys):
-    """STYLE 5: lr = blr * batch_size * accum_iter * world_size / 256, and --lr overrides it."""
+    """Style: lr = blr * batch_size * accum_iter * world_size / 256, and --lr overrides it."""
     paper = script.PAPER_BATCH
     args = parse(script, 'none', '--batch_size', 64, '--accum_iter', 3, '--blr', 1e-3)
     args.world_size = 4

@@ -102,7 +102,7 @@ def test_shared_helpers_are_the_same_bytes_in_every_script(path):
 
 @each_script
 def test_the_shared_block_holds_the_helpers_and_uses_no_name_of_one_script(path):
-    """STYLE 8: the plumbing is in the block, and what it uses is imported or a constant everywhere."""
+    """Style: the plumbing is in the block, and what it uses is imported or a constant everywhere."""
     block = shared_block(path)
     assert tuple(top_level(block)) == SHARED
     outside = set(top_level(path.read_text())) - set(SHARED)
@@ -128,7 +128,7 @@ def test_definitions_stand_in_the_order_of_the_skeleton(path):
 
 @each_script
 def test_main_reads_in_the_same_seven_paragraphs(path):
-    """STYLE 3: seven short paragraphs, each under the same comment in every script."""
+    """Style: seven short paragraphs, each under the same comment in every script."""
     text = path.read_text()
     main = text[text.index('\ndef main(args):'):text.index("\nif __name__ == '__main__':")]
     assert [line.strip() for line in main.splitlines() if re.match(r'    # \d', line)] == MAIN
@@ -151,7 +151,7 @@ def test_nothing_happens_at_import(path):
 
 
 def test_a_flag_has_one_type_in_all_scripts():
-    """STYLE 8: flags with one name share type, choices and number of values."""
+    """Style: flags with one name share type, choices and number of values."""
     for left, right in itertools.combinations(SCRIPTS, 2):
         ours, theirs = flags_of(left), flags_of(right)
         for flag in ours.keys() & theirs.keys():
@@ -161,7 +161,7 @@ def test_a_flag_has_one_type_in_all_scripts():
 
 
 def test_a_flag_has_one_help_text_in_all_scripts():
-    """STYLE 8: flags with one name share their help; those that cannot are listed, and no others."""
+    """Style: flags with one name share their help; those that cannot are listed, and no others."""
     differing = {flag for left, right in itertools.combinations(SCRIPTS, 2)
                  for flag in flags_of(left).keys() & flags_of(right).keys()
                  if flags_of(left)[flag].help != flags_of(right)[flag].help}
@@ -169,7 +169,7 @@ def test_a_flag_has_one_help_text_in_all_scripts():
 
 
 def test_defaults_that_differ_between_scripts_are_in_the_papers_table():
-    """STYLE 8: a default differs between scripts only where the paper's table says so."""
+    """Style: a default differs between scripts only where the paper's table says so."""
     for left, right in itertools.combinations(SCRIPTS, 2):
         ours, theirs = flags_of(left), flags_of(right)
         for flag in ours.keys() & theirs.keys():
@@ -186,7 +186,7 @@ def test_defaults_are_the_papers(flag, command):
 
 @each_script
 def test_every_flag_of_optimisation_and_augmentation_is_in_the_papers_table(path):
-    """STYLE 8: the table is complete; a new hyper-parameter comes with the paper's value."""
+    """Style: the table is complete; a new hyper-parameter comes with the paper's value."""
     for group in MODULES[path.name].get_args_parser()._action_groups:
         if group.title in ('optimisation', 'augmentation'):
             for action in group._group_actions:
@@ -202,7 +202,7 @@ def test_eight_processes_make_the_papers_batch(path):
 
 @each_script
 def test_flags_are_snake_case_with_help_and_without_abbreviation(path):
-    """STYLE 5: MAE's names, no string booleans, no abbreviations, help for every flag, real defaults printed."""
+    """Style: MAE's names, no string booleans, no abbreviations, help for every flag, real defaults printed."""
     parser = MODULES[path.name].get_args_parser()
     assert parser.allow_abbrev is False
     assert parser.formatter_class.__name__ == 'ArgumentDefaultsHelpFormatter'
@@ -215,7 +215,7 @@ def test_flags_are_snake_case_with_help_and_without_abbreviation(path):
 
 @each_script
 def test_argument_groups_stand_in_one_order(path):
-    """STYLE 5: distillation first, it is the paper; then model, optimisation, augmentation, data, run."""
+    """Style: distillation first, it is the paper; then model, optimisation, augmentation, data, run."""
     groups = MODULES[path.name].get_args_parser()._action_groups
     titles = [group.title for group in groups if group._group_actions][1:]  # without argparse's own --help
     assert titles == [title for title in GROUPS if title in titles]
@@ -242,7 +242,7 @@ def dead_flags(flags, *sources):
 
 @each_script
 def test_every_flag_is_read(path):
-    """STYLE 5: a flag that nobody reads is deleted (the authors' code carries ten)."""
+    """Style: a flag that nobody reads is deleted (the authors' code carries ten)."""
     assert not dead_flags(flags_of(path), path.read_text(), (ROOT / 'models.py').read_text())
 
 
@@ -282,7 +282,7 @@ def unused_imports(source):
 
 @pytest.mark.parametrize('path', SOURCES + TESTS, ids=lambda path: path.name)
 def test_every_import_is_used(path):
-    """STYLE 8: no unused import."""
+    """Style: no unused import."""
     assert not unused_imports(path.read_text())
 
 
@@ -306,7 +306,7 @@ def litter(source):
 
 @pytest.mark.parametrize('path', SOURCES + TESTS, ids=lambda path: path.name)
 def test_sources_hold_no_debugger_no_note_to_oneself_and_no_key(path):
-    """STYLE 8 and 10: no debugger, nothing that looks like a key or token, no logging service."""
+    """Style: no debugger, nothing that looks like a key or token, no logging service."""
     assert not litter(path.read_text())
 
 
@@ -321,7 +321,7 @@ def test_the_search_for_litter_finds_it(line):
 
 @each_source
 def test_no_code_is_commented_out(path):
-    """STYLE 6: comments give reasons; code that is not run is deleted."""
+    """Style: comments give reasons; code that is not run is deleted."""
     for line in path.read_text().splitlines():
         comment = re.match(r'\s*#\s?(.*)', line)
         code = r'(import |from \S+ import|def \w+\(|print\(|if .*:$|for .* in .*:$|[\w.]+ = \w+\(.*\)$)'
