@@ -15,6 +15,7 @@ from torch import nn
 
 import models
 
+
 def fill(module, seed=0, std=0.2):
     """Random values everywhere, so that no bias is zero and no norm is the identity by accident."""
     generator = torch.Generator().manual_seed(seed)
