@@ -963,7 +963,7 @@ def test_samples_and_steps_draw_from_different_streams():
 
 
 def test_evaluation_alone_reads_the_authors_layout_of_a_distilled_classifier(chain, data, tmp_path):
-    """README, differences: the authors' positions have no row for the distillation token; such a file evaluates like ours."""
+    """README, differences: the authors' positions lack a row for the distillation token; their file evaluates like ours."""
     checkpoint = checkpoint_of(chain / 'g2sd')
     positions = checkpoint['model']['pos_embed']
     checkpoint['model']['pos_embed'][:, 1] = 0
