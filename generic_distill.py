@@ -1,6 +1,6 @@
 """Stage 1, generic distillation: a small MAE learns the hidden features of a large MAE's decoder, without labels.
 
-Paper:   G2SD (Huang, Peng et al., CVPR 2023, arXiv 2302.14771), Sec. 3.2; supplement Sec. 1.1; targets as in Table 4
+Paper:   G2SD (Huang, Peng et al., CVPR 2023, arXiv 2302.14771), generic distillation; targets as in Table 4
 Reads:   --data_path   folder of images; its `train` subfolder if there is one; classes are not used
          --teacher_path   a complete MAE, encoder and decoder: mae_pretrain_vit_base_full.pth from MAE's repository
 8 GPUs:  torchrun --nproc_per_node=8 generic_distill.py --data_path IMAGENET --teacher_path mae_pretrain_vit_base_full.pth
@@ -35,7 +35,7 @@ from torchvision import transforms
 
 import models
 
-# the authors' code, except 300 epochs: supplement Sec. 1.1; `pixel` is MAE's own pre-training recipe
+# the authors' code, except the 300 epochs, which the supplement states; `pixel` is MAE's own pre-training recipe
 RECIPES = {
     'distillation': {'epochs': 300, 'warmup_epochs': 10, 'min_lr': 2.5e-6},
     'pixel': {'epochs': 800, 'warmup_epochs': 40, 'min_lr': 0.0},

@@ -102,7 +102,7 @@ class Masking(NamedTuple):
 
 
 def random_masking(noise, mask_ratio):
-    """The patches with the smallest noise stay visible (MAE, Sec. 3).
+    """The patches with the smallest noise stay visible, as in MAE.
 
     noise: (N, L) in [0, 1). Keeps int(L * (1 - mask_ratio)) patches of each image; `Masking` says what comes back.
     Raises InputError if that hides nothing or everything.

@@ -1,6 +1,6 @@
 """Stage 2, specific distillation for classification: the student's encoder learns from labels and a fine-tuned teacher.
 
-Paper:   G2SD (Huang, Peng et al., CVPR 2023, arXiv 2302.14771), Sec. 3.3; supplement Table 1; DeiT's distillation token
+Paper:   G2SD (Huang, Peng et al., CVPR 2023, arXiv 2302.14771), supplement Table 1; DeiT's distillation token
 Reads:   --data_path   ImageNet layout, train/CLASS/ and val/CLASS/
          --finetune    start weights, e.g. stage 1's checkpoint.pth, or MAE's; without it the network starts from scratch
          --teacher_path   a classifier, e.g. mae_finetuned_vit_base.pth from MAE's repository; without it, labels alone
@@ -205,7 +205,7 @@ def distillation_loss(class_logits, dist_logits, labels, teacher_logits, distill
     to which `smoothing` applies, or (N, C) probabilities from mixup. The teacher saw the same, mixed images. 'hard': CE to
     its top class; 'soft': tau^2 * KL(teacher || student) summed over classes, mean over N; 'none': CE to the labels alone,
     where dist_logits and teacher_logits may be None. Returns a scalar.
-    Source: Touvron et al., ICML 2021, Sec. 4; G2SD supplement, classification.
+    Source: Touvron et al., ICML 2021; G2SD supplement, classification.
     """
     loss_class = F.cross_entropy(class_logits.float(), labels, label_smoothing=smoothing if labels.ndim == 1 else 0.0)
     if distillation_type == 'none':

@@ -185,7 +185,7 @@ def test_report_names_what_is_used_new_and_left_out(tmp_path, capsys):
 
 
 def test_global_pool_checkpoint_gives_its_fc_norm_and_never_its_head(tmp_path):
-    """Sec. 3.3: with --finetune the class head starts anew, even if the file has one of the same shape."""
+    """Stage 2: with --finetune the class head starts anew, even if the file has one of the same shape."""
     state = {k: v for k, v in encoder().items() if not k.startswith('norm.')}
     state.update({'fc_norm.weight': random(32), 'fc_norm.bias': random(32), **linear('head', 5)})
     model = models.create_vit('vit_pico_patch8', 5, 32, global_pool='avg')
@@ -219,7 +219,7 @@ def test_start_weights_of_another_network_are_refused(tmp_path, change, word):
 
 @pytest.mark.parametrize('size', [(160, 160), (256, 256), (96, 320), (224, 256)])
 def test_positions_are_resized_as_plain_bicubic(tmp_path, size):
-    """Sec. 3.3: positions come from 224 to any size, by bicubic without antialiasing as MAE and DeiT do it."""
+    """Stage 2: positions come from 224 to any size, by bicubic without antialiasing as MAE and DeiT do it."""
     state = encoder(rows=197, patch=16)
     model = models.create_vit('vit_pico_patch16', 5, size)
     loaded = models.load_pretrained(model, save(tmp_path, state))
@@ -235,7 +235,7 @@ def test_positions_are_resized_as_plain_bicubic(tmp_path, size):
 
 
 def test_both_tables_of_a_teacher_are_resized(tmp_path):
-    """Sec. 3.2: stage 1 runs at another size than the teacher's; encoder and decoder positions follow."""
+    """Stage 1: stage 1 runs at another size than the teacher's; encoder and decoder positions follow."""
     state = full_mae(rows=17)
     teacher = models.load_teacher(models.create_mae('mae_vit_pico_patch8', (24, 48)), save(tmp_path, state))
     for key in ('pos_embed', 'decoder_pos_embed'):
@@ -255,7 +255,7 @@ def test_distilled_deit_file_gives_a_plain_network_without_its_token(tmp_path):
 
 
 def test_plain_file_gives_a_distilled_network_its_positions(tmp_path):
-    """Sec. 3.3: a distilled network that starts from 197 positions has a zero row for its token, the others in place."""
+    """Stage 2: a distilled network that starts from 197 positions has a zero row for its token, the others in place."""
     state = encoder(rows=197, patch=16)
     model = models.create_vit('vit_pico_patch16', 5, 224, distilled=True)
     models.load_pretrained(model, save(tmp_path, state))
@@ -266,7 +266,7 @@ def test_plain_file_gives_a_distilled_network_its_positions(tmp_path):
 
 
 def test_distilled_file_keeps_both_rows_through_a_resize(tmp_path):
-    """Sec. 3.3: the rows of class and distillation token are no patches and are not interpolated."""
+    """Stage 2: the rows of class and distillation token are no patches and are not interpolated."""
     state = {**encoder(rows=198, patch=16), 'dist_token': random(1, 1, 32)}
     model = models.create_vit('vit_pico_patch16', 5, 64, distilled=True)
     models.load_pretrained(model, save(tmp_path, state))
@@ -304,7 +304,7 @@ def authors_forward(state, images, patch, heads):
 
 
 def test_authors_distilled_checkpoint_gives_the_same_outputs(tmp_path):
-    """Sec. 3.3: 197 positions with the token appended last and no position of its own equal our zero row."""
+    """Stage 2: 197 positions with the token appended last and no position of its own equal our zero row."""
     state = {**encoder(rows=197, patch=16), 'dist_token': random(1, 1, 32), **linear('head'), **linear('head_dist')}
     path = save(tmp_path, {'model': state, 'args': argparse.Namespace()})
     model = models.create_vit_like(models.load_checkpoint(path), 'vit_pico_patch16', 224)
@@ -368,7 +368,7 @@ def test_failed_load_changes_no_weight(tmp_path):
 
 
 def test_teacher_comes_back_with_the_files_weights_frozen_and_in_eval_mode(tmp_path, capsys):
-    """Sec. 3.2: the teacher is frozen and in eval mode; the load says how many entries it took."""
+    """Stage 1: the teacher is frozen and in eval mode; the load says how many entries it took."""
     state = full_mae()
     path = save(tmp_path, {'model': state})
     model = models.create_mae('mae_vit_pico_patch8', 32).train()
@@ -616,7 +616,7 @@ def test_allowing_namespace_ends_with_the_read(tmp_path):
 
 @pytest.mark.parametrize('kind, classes', [('token', 4), ('avg', 9), ('distilled', 6)])
 def test_kind_of_classifier_is_read_from_the_checkpoint(tmp_path, kind, classes):
-    """Sec. 3.3: --teacher_path and --eval need no flags: distilled, pooled and the classes are in the file."""
+    """Stage 2: --teacher_path and --eval need no flags: distilled, pooled and the classes are in the file."""
     state = {**encoder(rows=18 if kind == 'distilled' else 17), **linear('head', classes)}
     if kind == 'avg':
         state = {k.replace('norm.', 'fc_norm.') if k.startswith('norm.') else k: v for k, v in state.items()}
@@ -641,7 +641,7 @@ def test_checkpoint_without_a_head_is_no_classifier(tmp_path):
     ({'distilled': True}, 'deit_small_distilled_patch16_224', {}), ({}, 'deit_small_patch16_224', {}),
     ({'global_pool': 'avg'}, 'vit_small_patch16_224', {'global_pool': 'avg'})])
 def test_our_checkpoint_loads_strictly_into_timm(ours, theirs, kwargs):
-    """Sec. 3.3: timm's naming means that our checkpoints load there with strict=True."""
+    """Stage 2: timm's naming means that our checkpoints load there with strict=True."""
     with torch.device('meta'):
         state = models.create_vit('vit_small_patch16', 1000, **ours).state_dict()
         model = timm.create_model(theirs, **kwargs)
@@ -652,7 +652,7 @@ def test_our_checkpoint_loads_strictly_into_timm(ours, theirs, kwargs):
     ({'distilled': True}, 'deit_tiny_distilled_patch16_224', {}), ({}, 'deit_tiny_patch16_224', {}),
     ({'global_pool': 'avg'}, 'vit_tiny_patch16_224', {'global_pool': 'avg'})])
 def test_timm_gives_our_checkpoints_logits(tmp_path, ours, theirs, kwargs):
-    """Sec. 3.3: and there it gives the same outputs."""
+    """Stage 2: and there it gives the same outputs."""
     torch.manual_seed(0)
     model = models.create_vit('vit_tiny_patch16', 7, 64, **ours).eval()
     path = save(tmp_path, {'model': model.state_dict()})

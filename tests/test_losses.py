@@ -44,7 +44,7 @@ def normalised(row, eps=1e-6, unbiased=False):
 
 
 def test_feature_loss_by_hand():
-    """Sec. 3.2: smooth-L1 with beta 2 to the layer-normalised target: both of its branches, then the mean."""
+    """Stage 1: smooth-L1 with beta 2 to the layer-normalised target: both of its branches, then the mean."""
     # target (1, 3) -> (-1, 1); differences 1 and 3: 1 / 4 and 3 - 1
     loss = generic_distill.feature_loss(torch.tensor([[[0.0, 4.0]]]), torch.tensor([[[1.0, 3.0]]]))
     assert loss.shape == ()
@@ -65,7 +65,7 @@ def plain_feature_loss(pred, target):
 
 
 def test_feature_loss_equals_a_float64_loop():
-    """Sec. 3.2: mean over all tokens and channels, every token normalised by itself, without an affine part."""
+    """Stage 1: mean over all tokens and channels, every token normalised by itself, without an affine part."""
     pred, target = 3 * randn(2, 5, 8, seed=1), 7 * randn(2, 5, 8, seed=2) + 4
     expected = plain_feature_loss(pred.double(), target.double())
     assert generic_distill.feature_loss(pred, target).item() == pytest.approx(expected, rel=1e-6)
@@ -74,7 +74,7 @@ def test_feature_loss_equals_a_float64_loop():
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize('autocast', [False, True])
 def test_feature_loss_is_computed_in_float32(dtype, autocast):
-    """Sec. 3.2: the loss is taken in float32 whatever autocast made of its inputs."""
+    """Stage 1: the loss is taken in float32 whatever autocast made of its inputs."""
     pred, target = (3 * randn(2, 5, 8, seed=1)).to(dtype), (200 * randn(2, 5, 8, seed=2)).to(dtype)
     with torch.autocast('cpu', dtype=torch.bfloat16, enabled=autocast):
         loss = generic_distill.feature_loss(pred, target)
@@ -90,7 +90,7 @@ def test_feature_loss_refuses_to_broadcast(shape):
 
 
 def test_feature_loss_pulls_the_prediction_towards_the_target():
-    """Sec. 3.2: gradient of smooth-L1 by hand: difference / beta below it, sign above, over the number of terms."""
+    """Stage 1: gradient of smooth-L1 by hand: difference / beta below it, sign above, over the number of terms."""
     pred = torch.tensor([[[0.0, 4.0]]], requires_grad=True)
     generic_distill.feature_loss(pred, torch.tensor([[[1.0, 3.0]]])).backward()
     assert pred.grad.flatten().tolist() == pytest.approx([1 / 2 / 2, 1 / 2], abs=1e-6)
@@ -113,7 +113,7 @@ def test_recon_loss_equals_a_float64_loop_over_hidden_patches():
 
 @pytest.mark.parametrize('norm_pix_loss', [True, False])
 def test_pixel_loss_equals_a_float64_loop_over_hidden_patches(norm_pix_loss):
-    """Sec. 3.2: MAE's loss: mean squared error at hidden patches, to pixels normalised with the unbiased variance."""
+    """Stage 1: MAE's loss: mean squared error at hidden patches, to pixels normalised with the unbiased variance."""
     pred, pixels = randn(2, 6, 12, seed=1), 2 * randn(2, 6, 12, seed=2) + 3
     mask = models.random_masking(noise_for(2, 6), 0.5).mask
     terms = []
@@ -157,7 +157,7 @@ def filled(seed, build, *args, **options):
 
 @pytest.mark.parametrize('supervise', ['all', 'masked'])
 def test_supervised_tokens_are_the_chosen_ones(supervise):
-    """Sec. 3.2: all = class token, visible and hidden patches; masked = exactly the hidden patches."""
+    """Stage 1: all = class token, visible and hidden patches; masked = exactly the hidden patches."""
     teacher = filled(0, models.create_mae, 'mae_vit_pico_patch8', 32).eval()
     student = filled(1, models.create_mae, 'mae_vit_pico_patch8', 32, 32).eval()
     images, masking = randn(3, 3, 32, 32), models.random_masking(noise_for(3, 16), 0.75)
@@ -228,7 +228,7 @@ def networks():
 @pytest.mark.parametrize('kind, alpha, tau', [
     ('hard', 0.5, 1.0), ('hard', 0.2, 1.0), ('soft', 0.5, 1.0), ('soft', 0.7, 3.0)])
 def test_distillation_loss_equals_timms_task(networks, kind, alpha, tau):
-    """Sec. 3.3: DeiT's loss, with the same value and gradients as timm's on the same weights and batch."""
+    """Stage 2: DeiT's loss, with the same value and gradients as timm's on the same weights and batch."""
     student, teacher, images, labels = networks
     task = TokenDistillationTask(
         student, teacher, criterion=torch.nn.CrossEntropyLoss(label_smoothing=0.1), distill_type=kind,
@@ -254,7 +254,7 @@ def log_softmax(row):
 @pytest.mark.parametrize('kind', ['hard', 'soft', 'none'])
 @pytest.mark.parametrize('alpha', [0.0, 0.3, 1.0])
 def test_distillation_loss_equals_a_float64_loop(kind, mixed, alpha):
-    """Sec. 3.3: (1 - alpha) CE + alpha (CE to the teacher's top class, or tau^2 KL summed over classes); batch mean."""
+    """Stage 2: (1 - alpha) CE + alpha (CE to the teacher's top class, or tau^2 KL summed over classes); batch mean."""
     tau, smoothing, classes = 2.5, 0.1, 4
     class_logits, dist_logits, teacher_logits = (2 * randn(3, classes, seed=seed) for seed in (1, 2, 3))
     labels = torch.tensor([3, 0, 1])
@@ -279,7 +279,7 @@ def test_distillation_loss_equals_a_float64_loop(kind, mixed, alpha):
 
 
 def test_without_distillation_the_loss_is_timms(networks):
-    """Sec. 3.3: without a teacher the labels alone teach: timm's label smoothing, and its soft targets after mixup."""
+    """Stage 2: without a teacher the labels alone teach: timm's label smoothing, and its soft targets after mixup."""
     logits, labels = randn(6, 5, seed=4), networks[3]
     got = specific_distill_cls.distillation_loss(logits, None, labels, None, 'none', smoothing=0.1)
     assert got.item() == pytest.approx(timm.loss.LabelSmoothingCrossEntropy(0.1)(logits, labels).item(), rel=1e-6)
@@ -290,7 +290,7 @@ def test_without_distillation_the_loss_is_timms(networks):
 
 @pytest.mark.parametrize('kind', ['hard', 'soft'])
 def test_distillation_loss_is_computed_in_float32(kind):
-    """Sec. 3.3: the same value from half-precision logits as from the same numbers in float32."""
+    """Stage 2: the same value from half-precision logits as from the same numbers in float32."""
     logits = [(4 * randn(3, 5, seed=seed)).half() for seed in (1, 2, 3)]
     labels = torch.tensor([0, 1, 2])
     half = specific_distill_cls.distillation_loss(logits[0], logits[1], labels, logits[2], kind)
@@ -302,7 +302,7 @@ def test_distillation_loss_is_computed_in_float32(kind):
 
 @pytest.mark.parametrize('alpha, head, other', [(0.0, 'class', 'dist'), (1.0, 'dist', 'class')])
 def test_each_head_learns_from_its_own_target(alpha, head, other):
-    """Sec. 3.3: the class head learns from the labels, the distillation head from the teacher."""
+    """Stage 2: the class head learns from the labels, the distillation head from the teacher."""
     logits = {name: randn(3, 5, seed=seed).requires_grad_() for seed, name in enumerate(('class', 'dist'))}
     loss = specific_distill_cls.distillation_loss(
         logits['class'], logits['dist'], torch.tensor([0, 1, 2]), randn(3, 5, seed=9), 'hard', alpha)
@@ -342,7 +342,7 @@ class Recorder(torch.nn.Module):
 
 
 def test_teacher_sees_the_mixed_images_of_the_student():
-    """Sec. 3.3: the teacher's top class is that of the same mixed image."""
+    """Stage 2: the teacher's top class is that of the same mixed image."""
     args = cls_args('--teacher_path', 'x', '--batch_size', '4', '--print_freq', '1')
     mixup = timm.data.Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=5)
     student, teacher = Recorder(2), Recorder(1).eval().requires_grad_(False)
@@ -454,7 +454,7 @@ def test_posterize_keeps_the_highest_bits(bits, expected):
 
 
 def test_validation_transform_is_resize_and_centre_crop():
-    """Sec. 3.3: evaluation resizes the short side to 256/224 of the input, bicubic, and takes the centre."""
+    """Stage 2: evaluation resizes the short side to 256/224 of the input, bicubic, and takes the centre."""
     args = specific_distill_cls.get_args_parser().parse_args([])
     args.input_size = [224, 224]
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8))

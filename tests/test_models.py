@@ -97,7 +97,7 @@ def test_each_builder_refuses_the_other_kind_of_name():
 @pytest.mark.parametrize('build', [lambda size: models.create_mae('mae_vit_pico_patch8', size),
                                    lambda size: models.create_vit('vit_pico_patch8', 10, size)])
 def test_size_that_the_patch_does_not_divide_is_refused(build, size):
-    """Sec. 3.2: any size that the patch divides works, others are refused with their numbers."""
+    """Stage 1: any size that the patch divides works, others are refused with their numbers."""
     with pytest.raises(models.InputError, match='patch size 8'):
         build(size)
 
@@ -169,7 +169,7 @@ def test_mask_ratio_that_hides_nothing_or_everything_is_refused(ratio):
 
 @pytest.mark.parametrize('dim, grid', [(64, (14, 14)), (32, (4, 6)), (192, (7, 3))])
 def test_position_table_is_timms_with_quarters_permuted(dim, grid):
-    """Sec. 3.2: MAE's fixed table, column first: timm's after permuting the channel quarters [1, 3, 0, 2]."""
+    """Stage 1: MAE's fixed table, column first: timm's after permuting the channel quarters [1, 3, 0, 2]."""
     quarters = build_sincos2d_pos_embed(list(grid), dim).reshape(-1, 4, dim // 4)
     expected = quarters[:, [1, 3, 0, 2]].reshape(-1, dim)
     table = models.sincos_position_table(dim, grid)
@@ -180,7 +180,7 @@ def test_position_table_is_timms_with_quarters_permuted(dim, grid):
 
 
 def test_position_table_by_hand_on_a_non_square_grid():
-    """Sec. 3.2: channels are sin x, cos x, sin y, cos y with 10000^(-k/(dim/4)); patches in rows; class row zero."""
+    """Stage 1: channels are sin x, cos x, sin y, cos y with 10000^(-k/(dim/4)); patches in rows; class row zero."""
     dim, rows, columns = 16, 3, 5
     table = models.sincos_position_table(dim, (rows, columns))[0].double()
     for row in range(rows):
@@ -194,7 +194,7 @@ def test_position_table_by_hand_on_a_non_square_grid():
 
 
 def test_model_holds_the_fixed_tables_for_its_own_grid():
-    """Sec. 3.2: both position tables are fixed sine-cosine ones of the model's grid and are not trained in stage 1."""
+    """Stage 1: both position tables are fixed sine-cosine ones of the model's grid and are not trained in stage 1."""
     model = models.create_mae('mae_vit_nano_patch8', (32, 48))
     for table, dim in ((model.pos_embed, 64), (model.decoder_pos_embed, 64)):
         assert not table.requires_grad
@@ -243,7 +243,7 @@ def hugging_face(tmp_path_factory):
 
 @pytest.mark.parametrize('file', ['model.safetensors', 'pytorch_model.bin'])
 def test_mae_equals_transformers(hugging_face, file):
-    """Sec. 3.2: masking, encoder, decoder states and reconstruction are MAE's; HF files load in both namings."""
+    """Stage 1: masking, encoder, decoder states and reconstruction are MAE's; HF files load in both namings."""
     oracle, folder = hugging_face
     model = models.create_mae('mae_vit_nano_patch8', 32)
     models.load_exactly(model, models.load_checkpoint(folder / file), file)
@@ -307,7 +307,7 @@ def test_headless_hugging_face_encoder_starts_stage_two(tmp_path):
 
 
 def test_patchify_has_transformers_order_and_unpatchify_inverts_it(hugging_face):
-    """Sec. 3.2: pixels of a patch in MAE's order, which released decoders predict."""
+    """Stage 1: pixels of a patch in MAE's order, which released decoders predict."""
     oracle, _ = hugging_face
     model = models.create_mae('mae_vit_nano_patch8', 32)
     images = images_for(2, 32, 32)
@@ -316,7 +316,7 @@ def test_patchify_has_transformers_order_and_unpatchify_inverts_it(hugging_face)
 
 
 def test_patchify_by_hand_on_a_non_square_image():
-    """Sec. 3.2: rows of patches; in each patch rows, columns, colours; any size that the patch divides."""
+    """Stage 1: rows of patches; in each patch rows, columns, colours; any size that the patch divides."""
     model = models.create_mae('mae_vit_pico_patch8', (16, 24))
     images = images_for(2, 16, 24)
     patches = model.patchify(images)
@@ -383,7 +383,7 @@ def plain_mae(state, image, noise, keep, grid, patch, heads, decoder_heads):
 
 @pytest.mark.parametrize('height, width', [(32, 48), (48, 32), (16, 16)])
 def test_mae_equals_a_plain_float64_loop_at_any_size(height, width):
-    """Sec. 3.2: non-square input and any size divisible by the patch; nothing is typed in as 196."""
+    """Stage 1: non-square input and any size divisible by the patch; nothing is typed in as 196."""
     model = fill(models.create_mae('mae_vit_pico_patch8', (height, width))).double().eval()
     grid = (height // 8, width // 8)
     length = grid[0] * grid[1]
@@ -401,7 +401,7 @@ def test_mae_equals_a_plain_float64_loop_at_any_size(height, width):
 
 
 def test_student_predicts_from_the_last_decoder_block_without_a_norm():
-    """Sec. 3.2: the student's head is fc1, GELU, fc2 on the bare state after its last decoder block, for every token."""
+    """Stage 1: the student's head is fc1, GELU, fc2 on the bare state after its last decoder block, for every token."""
     student = fill(models.create_mae('mae_vit_pico_patch8', 32, target_dim=48)).double().eval()
     names = [k for k in student.state_dict() if k.startswith(('feature_head', 'decoder_norm', 'decoder_pred'))]
     assert names == [f'feature_head.{layer}.{kind}' for layer in ('fc1', 'fc2') for kind in ('weight', 'bias')]
@@ -420,7 +420,7 @@ def test_student_predicts_from_the_last_decoder_block_without_a_norm():
 
 @pytest.mark.parametrize('layer', [1, 2, 3, 4])
 def test_blocks_behind_the_target_layer_are_not_run(layer):
-    """Sec. 3.2: the teacher stops at --target_layer; later blocks, decoder_norm and decoder_pred cost nothing."""
+    """Stage 1: the teacher stops at --target_layer; later blocks, decoder_norm and decoder_pred cost nothing."""
     teacher = models.create_mae('mae_vit_pico_patch8_dec32d4b', 32)
     calls = []
     for name, module in [*enumerate(teacher.decoder_blocks, start=1), ('norm', teacher.decoder_norm),
@@ -478,7 +478,7 @@ def test_every_student_parameter_gets_a_gradient_and_no_teacher_parameter(tmp_pa
 
 
 def test_target_gives_no_gradient_even_to_a_teacher_that_is_not_frozen():
-    """Sec. 3.2: the gradient reaches the student only; the target is computed without one."""
+    """Stage 1: the gradient reaches the student only; the target is computed without one."""
     teacher = models.create_mae('mae_vit_pico_patch8', 32)
     student = models.create_mae('mae_vit_pico_patch8', 32, 32)
     masking = models.random_masking(noise_for(2, 16), 0.75)
@@ -488,7 +488,7 @@ def test_target_gives_no_gradient_even_to_a_teacher_that_is_not_frozen():
 
 
 def test_teacher_stays_in_eval_mode_and_unchanged_through_an_epoch(tmp_path):
-    """Sec. 3.2: the teacher is frozen and in eval mode, also while the student trains."""
+    """Stage 1: the teacher is frozen and in eval mode, also while the student trains."""
     teacher = saved_teacher(tmp_path)
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
     student = models.create_mae('mae_vit_pico_patch8', 32, 96)
@@ -520,7 +520,7 @@ def test_every_classifier_parameter_gets_a_gradient(options):
 
 
 def test_distilled_classifier_gives_two_logits_in_training_and_their_mean_in_eval():
-    """Sec. 3.3: inference is the mean of the two heads' logits; no second head without a teacher."""
+    """Stage 2: inference is the mean of the two heads' logits; no second head without a teacher."""
     model = fill(models.create_vit('vit_pico_patch8', 5, 32, distilled=True))
     images = images_for(2, 32, 32)
     with torch.no_grad():
@@ -540,7 +540,7 @@ def test_distilled_network_refuses_average_pooling():
 
 
 def test_average_pooling_reads_the_patch_tokens_and_not_the_class_token():
-    """Sec. 3.3: --global_pool is the mean of patch tokens, then fc_norm, then the head, with no norm before."""
+    """Stage 2: --global_pool is the mean of patch tokens, then fc_norm, then the head, with no norm before."""
     model = fill(models.create_vit('vit_pico_patch8', 5, 32, global_pool='avg')).double().eval()
     assert 'fc_norm.weight' in model.state_dict() and 'norm.weight' not in model.state_dict()
     images = images_for(2, 32, 32).double()
@@ -576,7 +576,7 @@ def group_of(optimizer, model):
     ('pico', 2, {}), ('pico', 2, {'distilled': True}), ('nano', 4, {'global_pool': 'avg'}), ('nano', 4, {'distilled': True}),
     ('small', 12, {'distilled': True})])
 def test_layer_decay_scales_are_the_authors(size, depth, options):
-    """Sec. 3.3: scale d^(n+1-i): stem lowest; final norm, heads and the distillation token at 1; no decay on 1-D."""
+    """Stage 2: scale d^(n+1-i): stem lowest; final norm, heads and the distillation token at 1; no decay on 1-D."""
     with torch.device('meta'):
         model = models.create_vit(f'vit_{size}_patch16', 10, **options)
     groups = group_of(create_optimizer_v2(model, opt='adamw', lr=1, weight_decay=0.05, layer_decay=0.75), model)
@@ -629,7 +629,7 @@ def mae_lr(t, lr, min_lr, warmup, epochs):
 
 @pytest.mark.parametrize('target, epochs, warmup, min_lr', [('feature', 300, 10, 2.5e-6), ('pixel', 800, 40, 0.0)])
 def test_stage_one_schedule_and_optimizer_are_maes(tmp_path, few_images, monkeypatch, target, epochs, warmup, min_lr):
-    """Supplement Sec. 1.1: blr 1.5e-4 * batch / 256, warm-up, cosine to 2.5e-6 (MAE: 0), betas 0.9, 0.95, decay 0.05."""
+    """Stage 1: blr 1.5e-4 * batch / 256, warm-up, cosine to 2.5e-6 (MAE: 0), betas 0.9, 0.95, decay 0.05."""
     saved_teacher(tmp_path)
     argv = ['--target', target, '--model', 'mae_vit_pico_patch8', '--data_path', str(few_images), '--batch_size', '2',
             '--target_layer', '1', '--output_dir', str(tmp_path / 'out'), *TINY]
@@ -669,7 +669,7 @@ def test_classification_schedule_applies_the_layer_scales(tmp_path, few_images, 
 
 
 def test_mae_starts_from_maes_values():
-    """Sec. 3.2: xavier-uniform linear layers, the patch projection as a linear layer, zero biases, tokens std 0.02."""
+    """Stage 1: xavier-uniform linear layers, the patch projection as a linear layer, zero biases, tokens std 0.02."""
     torch.manual_seed(0)
     model = models.MaskedAutoencoder(32, 8, dim=768, depth=1, heads=12, decoder_dim=512, decoder_depth=1, target_dim=256)
     linear = [(name, module.weight) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -689,7 +689,7 @@ def test_mae_starts_from_maes_values():
 
 
 def test_heads_start_small_for_fine_tuning_and_the_distillation_token_without_a_position():
-    """Sec. 3.3: class head truncated normal 2e-5, distillation head 0.02, position row of the token zero."""
+    """Stage 2: class head truncated normal 2e-5, distillation head 0.02, position row of the token zero."""
     torch.manual_seed(0)
     model = models.create_vit('vit_micro_patch8', 300, 32, distilled=True)
     assert model.pos_embed.shape == (1, 18, 128)

@@ -24,7 +24,7 @@ MAIN = ['# 1. process group, device, seed', '# 2. data', '# 3. teacher: strict l
         '# 7. epochs: train, evaluate, save, log']
 GROUPS = ['distillation', 'model', 'optimisation', 'augmentation', 'data', 'run']
 
-# The paper's hyper-parameters: supplement Sec. 1.1 and Table 1, and the authors' code where these are silent.
+# The paper's hyper-parameters: the supplement (Table 1), and the authors' code where these are silent.
 # A key is a command line; its value is what training gets, so that what a recipe fills in counts, too.
 G, PIXEL = 'generic_distill.py', 'generic_distill.py --target pixel'
 CLS, FINETUNE = 'specific_distill_cls.py', 'specific_distill_cls.py --finetune X'
