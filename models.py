@@ -444,7 +444,9 @@ def flat_state_dict(checkpoint, path):
         # a file of a few kB can claim a tensor of any size by expanding one number
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise InputError(f'{path}: entry {key!r} claims {value.numel()} numbers that the file does not hold')
-    state = {re.sub(r'^(module\.)?(backbone\.)?', '', key): value for key, value in state.items()}
+    # DINO's and iBOT's wrapper; a detector of ours has a backbone among other parts, and keeps the name
+    prefix = r'^(module\.)?(backbone\.)?' if not any(key.startswith('rpn.') for key in state) else r'^module\.'
+    state = {re.sub(prefix, '', key): value for key, value in state.items()}
     if any('patch_embeddings.projection' in key for key in state):
         state = from_hugging_face(state)
     if 'decoderfeature_pred.fc1.weight' in state:
@@ -467,13 +469,15 @@ def fit_positions(model, state_dict, path):
 
     The rows in front of the patches are [class] or [class, distillation]. A missing distillation row becomes zero (so
     does that of the G2SD authors, who append the token without a position); one that the model does not have is dropped.
-    Raises InputError if the number of rows fits no grid.
+    A detector's table, (1, H, W, D), has none. Raises InputError if the number of rows fits no grid.
     """
-    done, grid, length = [], model.patch_embed.grid_size, model.patch_embed.num_patches
+    done = []
     for key in ('pos_embed', 'decoder_pos_embed'):
         table, own = state_dict.get(key), dict(model.named_parameters()).get(key)
         if table is None or own is None or table.ndim != 3:
             continue
+        grid = tuple(own.shape[1:3]) if own.ndim == 4 else model.patch_embed.grid_size
+        length = grid[0] * grid[1]
         candidates = (2, 1) if 'dist_token' in state_dict else (1,)
         prefix = next((k for k in candidates if table.shape[1] - k == length), None)
         if prefix is None:
@@ -485,7 +489,10 @@ def fit_positions(model, state_dict, path):
             table = resize_positions(table, prefix, grid)
             done.append(f'{key} {side}x{side} -> {grid[0]}x{grid[1]}')
         wanted = own.shape[1] - length
-        if wanted > prefix:
+        if own.ndim == 4:
+            table = table[:, prefix:].unflatten(1, grid)
+            done.append('rows of tokens that are no patches dropped')
+        elif wanted > prefix:
             table = torch.cat([table[:, :1], torch.zeros_like(table[:, :1]), table[:, 1:]], dim=1)
             done.append('zero row for the distillation token')
         elif wanted < prefix:
@@ -519,7 +526,7 @@ def load_teacher(model, path, state_dict=None):
     encoder-only MAE is the one failure that users of the authors' code report, and a non-strict load hides it.
     """
     state_dict = dict(load_checkpoint(path) if state_dict is None else state_dict)
-    resized = fit_positions(model, state_dict, path)
+    resized = fit_positions(model, state_dict, path) if 'pos_embed' in state_dict else []
     load_exactly(model, state_dict, path)
     say(f'teacher: {len(state_dict)} entries of {path}' + ''.join(f'; {what}' for what in resized))
     return model.requires_grad_(False).eval()
@@ -544,14 +551,15 @@ class Loaded(NamedTuple):
 def load_pretrained(model, path):
     """Starts a stage-2 network from any encoder checkpoint: stage 1's student, MAE, DeiT, DINO, iBOT, timm, Hugging Face.
 
-    Heads, the distillation token and `fc_norm` may be new; decoders, heads and DINO's extras may be left out; anything
-    else that is missing, unexpected or of another shape raises InputError. Prints and returns `Loaded`.
+    Heads, the distillation token, `fc_norm` and relative positions may be new; decoders, heads, DINO's extras and what a
+    backbone without class token and norm has no place for may be left out; anything else that is missing, unexpected or
+    of another shape raises InputError. Prints and returns `Loaded`.
     """
     state = load_checkpoint(path)
     resized = fit_positions(model, state, path)
     own = model.state_dict()
     # the final norm gives way to fc_norm under global pooling, as in MAE's fine-tuning; a head is trained anew
-    expected = r'^(decoder_|mask_token|masked_embed|feature_head\.|head\.|head_dist\.|dist_token|fc_norm\.|norm\.)'
+    expected = r'^(decoder_|mask_token|masked_embed|feature_head\.|head\.|head_dist\.|dist_token|fc_norm\.|norm\.|cls_token)'
     new = [k for k in own if k not in state or re.match(r'^head(_dist)?\.', k)]
     left_out = [k for k in state if k not in own or k in new]
     for k in (k for k in own if k in state and k not in new and state[k].shape != own[k].shape):
@@ -559,7 +567,8 @@ def load_pretrained(model, path):
                          f'{tuple(own[k].shape)} in the model; give the right --model')
     if 'norm.weight' in new and 'fc_norm.weight' in state:
         raise InputError(f'{path} was trained with global pooling and has no norm for a class token: give --global_pool')
-    for what, names, pattern in (('lacks', new, r'^(head\.|head_dist\.|dist_token|fc_norm\.)'),
+    by_design = r'^(head\.|head_dist\.|dist_token|fc_norm\.|blocks\.\d+\.attn\.rel_pos_[hw]$)'
+    for what, names, pattern in (('lacks', new, by_design),
                                  ('has, without a place in the model,', left_out, expected)):
         wrong = [k for k in names if not re.match(pattern, k)]
         if wrong:
@@ -569,7 +578,7 @@ def load_pretrained(model, path):
     model.load_state_dict({k: state[k] for k in used}, strict=False)
     summary = [f'{len(used)} used'] + resized
     for what, names in (('new', new), ('left out', left_out)):
-        groups = sorted({re.split(r'\.', k)[0] for k in names})
+        groups = sorted({re.sub(r'^blocks\.\d+\..*\.|\..*', '', k) for k in names})
         summary += [f'{what}: {", ".join(groups)}'] if groups else []
     say(f'start weights: {path}: {"; ".join(summary)}')
     return Loaded(used, resized, new, left_out)
@@ -641,6 +650,32 @@ class EpochSampler(torch.utils.data.Sampler):
     def __iter__(self):
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
         return ((self.epoch, int(index)) for index in order[:self.used][self.rank::self.world_size])
+
+
+class RoundSampler(torch.utils.data.Sampler):
+    """Yields (pass, index) for training that counts iterations: round `epoch` is the next --eval_every updates.
+
+    The stream of all rounds is one pass over the data after the other, each in a new order; of every step all processes
+    together see the same samples however they are split. Set `epoch` before each round; the last one may be shorter.
+    """
+
+    def __init__(self, length, args):
+        self.length, self.args, self.epoch = length, args, 0
+        self.per_update = args.batch_size * args.accum_iter * args.world_size
+
+    def __len__(self):
+        start = self.epoch * self.args.eval_every
+        updates = min(self.args.eval_every, self.args.iterations - start)
+        return updates * self.per_update // self.args.world_size
+
+    def __iter__(self):
+        start = self.epoch * self.args.eval_every * self.per_update
+        number, order = None, None
+        for position in range(start + self.args.rank, start + len(self) * self.args.world_size, self.args.world_size):
+            if position // self.length != number:
+                number = position // self.length
+                order = np.random.default_rng((self.args.seed, number)).permutation(self.length)
+            yield number, int(order[position % self.length])
 
 
 def load_cifar(args, train):

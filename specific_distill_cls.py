@@ -102,7 +102,8 @@ def get_args_parser():
     group.add_argument('--resume', help='checkpoint to go on from, or auto: the one in --output_dir if there is one')
     group.add_argument('--eval', action='store_true', help='evaluate the checkpoint given by --resume, and stop')
     group.add_argument('--eval_every', type=int, default=1, help='epochs between evaluations; the last epoch always has one')
-    group.add_argument('--save_every', type=int, default=0, help='also keep checkpoint-N.pth every so many epochs; 0: never')
+    group.add_argument('--save_every', type=int, default=0,
+                       help='also keep checkpoint-N.pth every so many epochs (or rounds); 0: never')
     group.add_argument('--print_freq', type=int, default=50, help='steps between printed lines')
     group.add_argument('--num_workers', type=int, default=10, help='data-loading processes per training process')
     group.add_argument('--seed', type=int, default=0, help='seed of everything random')
@@ -127,6 +128,8 @@ def resolve_recipe(args):
     for flag, value in RECIPES[recipe].items():
         if getattr(args, flag) is None:
             setattr(args, flag, value)
+    if not 0 <= args.warmup_epochs < args.epochs:
+        raise models.InputError(f'--warmup_epochs {args.warmup_epochs} must be at least 0 and below --epochs {args.epochs}')
     if args.eval_every < 1:
         raise models.InputError('--eval_every must be at least 1')
     if (args.mixup > 0 or args.cutmix > 0) and args.batch_size % 2 and not args.eval:
@@ -288,10 +291,10 @@ def evaluate(model, loader, progress, device, args):
 
 
 class Progress:
-    """Means of an epoch, kept on the device: one host sync per printed line, where a failed run is stopped, too."""
+    """Means of an epoch (or round), kept on the device: a host sync per printed line, where a failed run is stopped."""
 
-    def __init__(self, args):
-        self.args, self.named, self.skipped = args, set(), 0
+    def __init__(self, args, total, unit='epoch'):
+        self.args, self.total, self.unit, self.named, self.skipped = args, total, unit, set(), 0
 
     def watch(self, loader, epoch):
         """Yields (step, batch), measures how long the loop waits for data, and prints every --print_freq steps."""
@@ -308,7 +311,7 @@ class Progress:
     def check_files(self, bad_files):
         """Stops at an unreadable image, or names it once and counts it with --skip_bad_images."""
         for name in '\n'.join(filter(None, bad_files)).splitlines():
-            if not self.args.skip_bad_images:
+            if not getattr(self.args, 'skip_bad_images', False):
                 raise models.InputError(f'cannot read {name}: mend or remove the file, or pass --skip_bad_images')
             self.skipped += 1
             if name not in self.named:
@@ -331,12 +334,12 @@ class Progress:
             bad = int(failed[0]) if len(failed) else len(rows) - 1
             parts = ', '.join(f'{name} {value:.4g}' for name, value in zip(self.names, rows[bad].tolist()))
             step = self.step + 2 - len(rows) + bad  # counted from 1, as in the printed lines
-            raise FloatingPointError(f'not finite at epoch {self.epoch + 1} step {step}: {parts}, grad_norm {norm:.4g}. '
-                                     'The last checkpoint is kept; lower the learning rate')
+            raise FloatingPointError(f'not finite at {self.unit} {self.epoch + 1} step {step}: {parts}, grad_norm '
+                                     f'{norm:.4g}. The last checkpoint is kept; lower the learning rate')
         self.rows, self.sums = [], self.sums + rows.sum(0)
         done, spent = self.step + 1, time.time() - self.start
-        left = (self.args.epochs - self.epoch) * self.steps - done
-        models.say(f'epoch {self.epoch + 1}/{self.args.epochs} step {done}/{self.steps}',
+        left = (self.total - self.epoch) * self.steps - done
+        models.say(f'{self.unit} {self.epoch + 1}/{self.total} step {done}/{self.steps}',
                    *(f'{name} {value:.4f}' for name, value in zip(self.names, rows.mean(0).tolist())),
                    f'lr {self.lr:.3g} grad_norm {norm:.3g}',
                    f'{done * self.args.batch_size * self.args.world_size / spent:.0f} images/s',
@@ -350,7 +353,7 @@ class Progress:
         return {**{f'train_{name}': value for name, value in zip(self.names, (self.sums / self.steps).tolist())},
                 'train_lr': self.lr, 'train_images_per_second': round(
                     self.steps * self.args.batch_size * self.args.world_size / (time.time() - self.start), 1),
-                **({'train_skipped_images': int(skipped)} if self.args.skip_bad_images else {})}
+                **({'train_skipped_images': int(skipped)} if getattr(self.args, 'skip_bad_images', False) else {})}
 
 
 def start_run(args):
@@ -391,25 +394,28 @@ def start_run(args):
     return device
 
 
-def scale_lr(args, paper_batch):
-    """Sets args.lr = blr * effective batch / 256 (MAE's rule) unless --lr was given, and prints the resolved recipe."""
+def scale_lr(args, paper_batch, blr=None):
+    """Sets args.lr = blr * effective batch / 256 (MAE's rule) where there is no --lr, and prints the resolved recipe."""
     batch = args.batch_size * args.accum_iter * args.world_size
-    args.lr = args.blr * batch / 256 if args.lr is None else args.lr
-    if not 0 <= args.warmup_epochs < args.epochs:
-        raise models.InputError(f'--warmup_epochs {args.warmup_epochs} must be at least 0 and below --epochs {args.epochs}')
+    args.lr = blr * batch / 256 if args.lr is None else args.lr
     models.say('arguments:', ' '.join(f'{name}={value}' for name, value in vars(args).items()))
     models.say(f'effective batch {batch} = {args.batch_size} x {args.accum_iter} steps x {args.world_size} processes, '
                f'lr {args.lr:.3g}')
     if batch != paper_batch:
-        models.say(f'note: the effective batch is not the paper\'s {paper_batch}')
+        models.say(f'note: the effective batch is not the paper\'s {paper_batch}' +
+                   ('; --lr does not follow it' if blr is None else ''))
 
 
-def save_checkpoint(args, epoch, model, optimizer, scaler, classes, seconds):
-    """Writes output_dir/checkpoint.pth, and checkpoint-N.pth every --save_every epochs, each atomically, from rank 0."""
+def save_checkpoint(args, epoch, model, optimizer, scaler, classes, seconds, **training_only):
+    """Writes output_dir/checkpoint.pth, and checkpoint-N.pth every --save_every epochs, each atomically, from rank 0.
+
+    training_only: further modules, kept beside the model under their own names.
+    """
     if args.rank:
         return
     state = {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
-             'epoch': epoch, 'args': vars(args), 'classes': classes, 'train_seconds': seconds}
+             'epoch': epoch, 'args': vars(args), 'classes': classes, 'train_seconds': seconds,
+             **{name: module.state_dict() for name, module in training_only.items()}}
     names = ['checkpoint.pth']
     if args.save_every and (epoch + 1) % args.save_every == 0:
         names.append(f'checkpoint-{epoch}.pth')
@@ -422,10 +428,11 @@ def save_checkpoint(args, epoch, model, optimizer, scaler, classes, seconds):
         os.replace(f'{path}.tmp', path)
 
 
-def resume_checkpoint(args, model, optimizer, scaler, classes):
+def resume_checkpoint(args, model, optimizer, scaler, classes, fixed=(), **training_only):
     """Loads --resume (a path, or auto) exactly; returns (first epoch to run, training seconds so far).
 
-    Raises InputError if the file is no checkpoint of such a run, or of other classes. Says which arguments differ.
+    fixed: arguments that must be as they were; training_only: as in `save_checkpoint`. Raises InputError if the file is no
+    checkpoint of such a run, or of other classes. Says which arguments differ.
     """
     path = Path(args.output_dir) / 'checkpoint.pth' if args.resume == 'auto' else args.resume
     found = bool(path) and (args.resume != 'auto' or path.exists())
@@ -438,11 +445,13 @@ def resume_checkpoint(args, model, optimizer, scaler, classes):
         return 0, 0.0
     checkpoint = models.read_checkpoint(path)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('args'), dict) or any(
-            key not in checkpoint for key in ('model', 'optimizer', 'scaler', 'epoch', 'train_seconds')):
+            key not in checkpoint for key in ('model', 'optimizer', 'scaler', 'epoch', 'train_seconds', *training_only)):
         raise models.InputError(f'{path} is no checkpoint of these scripts and cannot be resumed; --finetune starts from '
                                 'the weights of others')
     models.load_exactly(model, checkpoint['model'], path)
     models.check_classes(checkpoint.get('classes'), classes, path)
+    for name, module in training_only.items():
+        models.load_exactly(module, checkpoint[name], path)
     given = [{key: group[key] for key in ('weight_decay', 'lr_scale') if key in group} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(checkpoint['optimizer'])
@@ -454,20 +463,22 @@ def resume_checkpoint(args, model, optimizer, scaler, classes):
         scaler.load_state_dict(checkpoint['scaler'])
     changed = [name for name, value in checkpoint['args'].items() if getattr(args, name, value) != value]
     changed = [name for name in changed if name not in ('resume', 'output_dir', 'rank', 'local_rank')]
+    for name in set(fixed) & set(changed):
+        raise models.InputError(f'{path} cannot be resumed: --{name} was {checkpoint["args"][name]}')
     models.say(f'resumed {path} after epoch {checkpoint["epoch"] + 1}' +
                ''.join(f'; {name} is {getattr(args, name)}, was {checkpoint["args"][name]}' for name in changed))
     return checkpoint['epoch'] + 1, checkpoint['train_seconds']
 
 
-def open_log(args, start_epoch):
-    """Writes args.json, and drops lines of log.txt that belong to epochs which will be run again; rank 0."""
+def open_log(args, key, last):
+    """Writes args.json, and drops lines of log.txt whose `key` is above `last`, as they will be run again; rank 0."""
     if args.rank:
         return
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     (output / 'args.json').write_text(json.dumps(vars(args), indent=2) + '\n')
     lines = (output / 'log.txt').read_text().splitlines() if (output / 'log.txt').exists() else []
-    kept = [line for line in lines if line.endswith('}') and json.loads(line)['epoch'] < start_epoch]
+    kept = [line for line in lines if line.endswith('}') and json.loads(line)[key] <= last]
     (output / 'log.txt').write_text(''.join(line + '\n' for line in kept))
 
 
@@ -488,7 +499,7 @@ def main(args):
     models.seed_everything(args.seed, models.START)
     # 2. data
     loader, val_loader, classes = build_data(args)
-    progress = Progress(args)
+    progress = Progress(args, args.epochs)
     # 3. teacher: strict load, eval mode, no gradients
     teacher = None
     if args.teacher_path and not args.eval:
@@ -521,7 +532,7 @@ def main(args):
     if args.distributed:
         model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
     # 5. optimizer, schedule, loss scaler
-    scale_lr(args, PAPER_BATCH)
+    scale_lr(args, PAPER_BATCH, args.blr)
     optimizer = create_optimizer_v2(model_without_ddp, opt='adamw', lr=args.lr, weight_decay=args.weight_decay,
                                     layer_decay=args.layer_decay)
     scheduler = CosineLRScheduler(optimizer, t_initial=args.epochs - args.warmup_epochs, lr_min=args.min_lr,
@@ -533,7 +544,7 @@ def main(args):
                       num_classes=len(classes))
     # 6. resume
     start_epoch, seconds = resume_checkpoint(args, model_without_ddp, optimizer, scaler, classes)
-    open_log(args, start_epoch)
+    open_log(args, 'epoch', start_epoch - 1)
     # 7. epochs: train, evaluate, save, log
     for epoch in range(start_epoch, args.epochs):
         loader.sampler.epoch = epoch

@@ -350,7 +350,7 @@ def test_teacher_sees_the_mixed_images_of_the_student():
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     specific_distill_cls.train_one_epoch(
         student, teacher, [(x.clone(), y, names) for x, y, names in loader], optimizer, SILENT, NO_SCALER, mixup,
-        specific_distill_cls.Progress(args), CPU, 0, args)
+        specific_distill_cls.Progress(args, args.epochs), CPU, 0, args)
     assert len(teacher.seen) == len(student.seen) == 6
     for theirs, ours, (original, _, _) in zip(teacher.seen, student.seen, loader):
         assert torch.equal(theirs, ours)
@@ -364,7 +364,7 @@ def weights_after_stage_one(target, batches, accum_iter, clip_grad=None):
     student = filled(1, models.create_mae, 'mae_vit_pico_patch8', 32, {'feature': 32, 'pixel': None}[target])
     optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=0.1)
     generic_distill.train_one_epoch(
-        student, teacher, batches, optimizer, SILENT, NO_SCALER, generic_distill.Progress(args), CPU, 0, args)
+        student, teacher, batches, optimizer, SILENT, NO_SCALER, generic_distill.Progress(args, args.epochs), CPU, 0, args)
     return student.state_dict()
 
 
@@ -393,7 +393,7 @@ def test_accumulated_classification_batches_equal_one_of_twice_the_size():
         optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
         loader = [(images[i:i + size], labels[i:i + size], [''] * size) for i in range(0, 8, size)]
         specific_distill_cls.train_one_epoch(student, teacher, loader, optimizer, SILENT, NO_SCALER, None,
-                                             specific_distill_cls.Progress(args), CPU, 0, args)
+                                             specific_distill_cls.Progress(args, args.epochs), CPU, 0, args)
         weights.append(student.state_dict())
     for key in weights[0]:
         torch.testing.assert_close(weights[1][key], weights[0][key], atol=2e-6, rtol=0)
@@ -406,7 +406,7 @@ def test_logged_loss_is_the_mean_over_the_steps():
     loader = [(randn(4, 3, 8, 8, seed=seed), torch.tensor([0, 1, 2, 3]), [''] * 4) for seed in range(3)]
     stats = specific_distill_cls.train_one_epoch(
         student, teacher, loader, torch.optim.SGD(student.parameters(), lr=0.0), SILENT, NO_SCALER, None,
-        specific_distill_cls.Progress(args), CPU, 0, args)
+        specific_distill_cls.Progress(args, args.epochs), CPU, 0, args)
     # all logits of an image are equal, so that each cross-entropy is log 5
     assert stats['train_loss'] == pytest.approx(math.log(5), rel=1e-6)
     assert stats['train_loss_class'] == pytest.approx(math.log(5), rel=1e-6)
@@ -555,7 +555,7 @@ def test_bad_image_stops_the_run_unless_it_may_be_skipped(capsys, skip):
     loader = [(randn(2, 3, 8, 8), torch.tensor([0, 1]), ['', 'a.png (broken)']), (randn(2, 3, 8, 8), torch.tensor([0, 1]),
                                                                                ['a.png (broken)\nb.png (cut)', ''])]
     run = (student, None, loader, torch.optim.SGD(student.parameters(), lr=0.1), SILENT, NO_SCALER, None,
-           specific_distill_cls.Progress(args), CPU, 0, args)
+           specific_distill_cls.Progress(args, args.epochs), CPU, 0, args)
     if not skip:
         with pytest.raises(models.InputError, match='a.png'):
             specific_distill_cls.train_one_epoch(*run)

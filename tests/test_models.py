@@ -498,7 +498,7 @@ def test_teacher_stays_in_eval_mode_and_unchanged_through_an_epoch(tmp_path):
     old = student.feature_head.fc2.weight.detach().clone()
     generic_distill.train_one_epoch(
         student, teacher, loader, optimizer, Namespace(step=lambda t: None), torch.amp.GradScaler('cpu', enabled=False),
-        generic_distill.Progress(args), torch.device('cpu'), 0, args)
+        generic_distill.Progress(args, args.epochs), torch.device('cpu'), 0, args)
     assert student.training and not torch.equal(old, student.feature_head.fc2.weight)
     assert not any(module.training for module in teacher.modules())
     assert not any(p.requires_grad for p in teacher.parameters())

@@ -575,7 +575,7 @@ def test_every_validation_image_belongs_to_exactly_one_process(world_size, data,
         args.rank, args.world_size = rank, world_size
         _, loader, classes = CLS.build_data(args)
         seen += [index for _, index in loader.sampler]
-        stats = CLS.evaluate(model, loader, CLS.Progress(args), torch.device('cpu'), args)
+        stats = CLS.evaluate(model, loader, CLS.Progress(args, args.epochs), torch.device('cpu'), args)
         hits += stats['test_acc1'] * stats['test_images'] / 100
         loss += stats['test_loss'] * stats['test_images']
     last = log_of(chain / 'deit')[-1]
@@ -763,12 +763,12 @@ def test_learning_rate_follows_the_effective_batch(script, capsys):
     paper = script.PAPER_BATCH
     args = parse(script, 'none', '--batch_size', 64, '--accum_iter', 3, '--blr', 1e-3)
     args.world_size = 4
-    script.scale_lr(args, paper)
+    script.scale_lr(args, paper, args.blr)
     assert args.lr == pytest.approx(1e-3 * 64 * 3 * 4 / 256, rel=1e-12)
     assert f'not the paper\'s {paper}' in capsys.readouterr().out
     args = parse(script, 'none', '--lr', 0, '--batch_size', paper // 8, '--blr', 1e-3)
     args.world_size = 8
-    script.scale_lr(args, paper)
+    script.scale_lr(args, paper, args.blr)
     assert args.lr == 0
     assert 'the paper\'s' not in capsys.readouterr().out
 

@@ -224,8 +224,11 @@ def test_argument_groups_stand_in_one_order(path):
 
 
 def reads_of_args(*sources):
-    """Names read as `args.<name>` or `self.args.<name>`, outside the parser; writing one does not count."""
-    found = set()
+    """(names read as `args.<name>` or `self.args.<name>`, names read by `getattr(args, ...)`), outside the parser.
+
+    Writing one does not count.
+    """
+    found, optional = set(), set()
     for source in sources:
         tree = ast.parse(source)
         tree.body = [node for node in tree.body if getattr(node, 'name', '') != 'get_args_parser']
@@ -233,11 +236,14 @@ def reads_of_args(*sources):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and \
                     ast.unparse(node.value) in ('args', 'self.args'):
                 found.add(node.attr)
-    return found
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == 'getattr' and isinstance(node.args[1], ast.Constant) \
+                    and ast.unparse(node.args[0]) in ('args', 'self.args'):
+                optional.add(node.args[1].value)
+    return found, optional
 
 
 def dead_flags(flags, *sources):
-    return sorted(set(flags) - reads_of_args(*sources))
+    return sorted(set(flags).difference(*reads_of_args(*sources)))
 
 
 @each_script
@@ -254,9 +260,9 @@ def get_args_parser():
 def main(args):
     args.written = 3
     print('args.mentioned', other.args.foreign)  # args.commented
-    return args.alive, self.args.kept
+    return args.alive, self.args.kept, getattr(args, 'optional', 0)
 '''
-    flags = ['declared', 'written', 'mentioned', 'foreign', 'commented', 'alive', 'kept']
+    flags = ['declared', 'written', 'mentioned', 'foreign', 'commented', 'alive', 'kept', 'optional']
     assert dead_flags(flags, source) == ['commented', 'declared', 'foreign', 'mentioned', 'written']
 
 
@@ -264,7 +270,7 @@ def main(args):
 def test_every_argument_that_is_read_exists(path):
     """A name read from args is a flag, or set by start_run: a misspelt one would fail hours into a run."""
     known = {*flags_of(path), 'rank', 'world_size', 'distributed'}
-    assert reads_of_args(path.read_text()) <= known
+    assert reads_of_args(path.read_text())[0] <= known
 
 
 # -------------------------------------------------------------------------------------------------------------- no litter
