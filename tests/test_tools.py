@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 from timm.models.vision_transformer import VisionTransformer
 from torchvision import transforms
 
@@ -59,13 +59,37 @@ def write_g2sd(home, acc1, seconds=(100.0, 100.0), epochs=None):
     write_run(home / 'g2sd', acc1, epochs, seconds[1], finetune='generic', teacher_path='teacher')
 
 
+def write_detection(folder, box, iterations=None, seconds=100.0, size=64, **args):
+    """A detection run with a round of 40 iterations per box AP; mask AP is 2 lower, AP50 of each 20 higher.
+
+    iterations: the total, for a run that is not finished or whose last round is shorter.
+    """
+    folder.mkdir(parents=True)
+    total = iterations or 40 * len(box)
+    args = {'model': 'vit_nano_patch8', 'input_size': [size, size], 'iterations': total, 'eval_every': 40, 'batch_size': 4,
+            'accum_iter': 1, 'world_size': 1, 'finetune': None, 'teacher_path': None, **args}
+    (folder / 'args.json').write_text(json.dumps(args))
+    lines = []
+    for number, value in enumerate(box, 1):
+        done = min(40 * number, total)
+        lines.append({'iteration': done, 'train_loss': 1 / done, 'train_seconds': seconds * done / total, 'test_images': 30,
+                      'test_bbox_AP': value, 'test_bbox_AP50': value + 20, 'test_bbox_AP75': value - 5,
+                      'test_mask_AP': value - 2, 'test_mask_AP50': value + 18, 'test_mask_AP75': value - 7})
+    (folder / 'log.txt').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+
+
+def cells_of(text):
+    """{method: [cells]} of a table in Markdown."""
+    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in text.splitlines() if line.startswith('| ')]
+    return {row[0]: row[1:] for row in rows}
+
+
 def table_of(folder, capsys):
-    """{method: [cells]} and the whole text that the tool prints."""
+    """`cells_of` what the tool prints, and the whole text."""
     run_tool(results, folder)
     text = capsys.readouterr().out
     assert text == (folder / 'results.md').read_text(encoding='utf-8')
-    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in text.splitlines() if line.startswith('| ')]
-    return {row[0]: row[1:] for row in rows}, text
+    return cells_of(text), text
 
 
 def test_results_report_the_last_epoch_of_each_seed(tmp_path, capsys):
@@ -130,6 +154,117 @@ def test_curves_count_the_epochs_of_both_stages(tmp_path, monkeypatch):
     teacher = accuracy[results.TABLE_2[0].colour]
     assert teacher.dashed and teacher.points == [(0, 90.0)]
     assert [x for x, _ in panels[1][0].points] == [1, 2, 3, 4, 5, 6]
+
+
+def test_results_put_detection_beside_table_3(tmp_path, capsys):
+    """Claim: Table 3 shows the paper's values and the last round of our finished runs, over seeds; nothing is guessed."""
+    write_detection(tmp_path / 'teacher_det', [40.0, 50.0, 48.0], iterations=100, seconds=7200, size=128)
+    write_detection(tmp_path / 'seed0/det_g2sd', [30.0, 60.0, 44.0], seconds=3600)
+    write_detection(tmp_path / 'seed1/det_g2sd', [30.0, 31.0, 46.0], seconds=3 * 3600)
+    write_detection(tmp_path / 'seed2/det_g2sd', [30.0, 99.0], iterations=120)
+    write_detection(tmp_path / 'seed0/det_finetuned', [20.0], iterations=80)
+    write_detection(tmp_path / 'seed1/det_finetuned', [], iterations=60)
+    table, text = table_of(tmp_path, capsys)
+    assert text.startswith('### Table 3') and 'Table 2' not in text and 'time (ours, hours)' in text
+    assert table['G2SD-S'] == [
+        '82.5', '50.6', '45.00 ± 1.41 (n = 2); seed2/det_g2sd: iteration 80/120', '44.8', '43.00 ± 1.41 (n = 2)',
+        '65.00 ± 1.41 (n = 2) / 63.00 ± 1.41 (n = 2)', '120', '2.00 ± 1.41 (n = 2)']  # deviations -1, 1: variance 2 / 1
+    assert table['teacher: ViTDet-B from MAE'] == [
+        '', '51.6', '48.00 (n = 1)', '45.9', '46.00 (n = 1)', '68.00 (n = 1) / 66.00 (n = 1)', '100', '2.00 (n = 1)']
+    assert table['G2SD-S w/o S.D'] == [
+        '82.0', '49.9', 'seed0/det_finetuned: iteration 40/80; seed1/det_finetuned: iteration 0/60', '44.5', '', '',
+        '60 / 80', '']
+    paper = {'DeiT-S 300e': (79.9, 45.7, 40.7), 'DeiT-S with distillation 300e (DeiT-S⚗)': (81.2, 47.2, 41.9),
+             'DeiT-S 500e': (81.4, 46.9, 41.6), 'DINO-S 3200e': (82.0, 49.1, 43.3), 'iBOT-S 3200e': (82.3, 49.7, 44.0)}
+    for method, (top1, box, mask) in paper.items():
+        assert table.pop(method) == [f'{top1}', f'{box}', '', f'{mask}', '', '', '', '']
+    assert set(table) == {'method', 'teacher: ViTDet-B from MAE', 'G2SD-S w/o S.D', 'G2SD-S'}
+    assert '- Test images: 30\n' in text
+    assert ('- G2SD-S: vit_nano_patch8 at 64x64. AP: `seed0/det_g2sd/log.txt`, `seed1/det_g2sd/log.txt`. '
+            'Time: `seed0/det_g2sd/log.txt`, `seed1/det_g2sd/log.txt`.\n') in text
+    assert '- teacher: ViTDet-B from MAE: vit_nano_patch8 at 128x128. AP: `teacher_det/log.txt`' in text
+    assert '`seed2/' not in text and 'det_finetuned/log.txt' not in text
+
+
+def test_results_list_random_weights_only_where_they_were_trained(tmp_path, capsys):
+    """Claim: the row that the paper does not have shows no value of the paper."""
+    write_detection(tmp_path / 'seed0/det_scratch', [1.0, 3.0], seconds=30.0)
+    table, text = table_of(tmp_path, capsys)
+    assert table['random weights (not in the paper)'] == [
+        '', '', '3.00 (n = 1)', '', '1.00 (n = 1)', '23.00 (n = 1) / 21.00 (n = 1)', '80', '30.00 (n = 1)']
+    assert len(table) == 1 + 9 and table['G2SD-S'] == ['82.5', '50.6', '', '44.8', '', '', '', '']
+    assert 'time (ours, seconds)' in text
+
+
+def test_results_of_both_tables_do_not_mix(tmp_path, capsys):
+    """Claim: one folder may hold both tables; each has its own numbers, time and test images."""
+    write_g2sd(tmp_path / 'seed0', [80.0, 81.0])
+    _, alone = table_of(tmp_path, capsys)
+    assert 'Table 3:' not in alone
+    write_detection(tmp_path / 'seed0/det_g2sd', [20.0, 40.0], seconds=7200.0)
+    _, text = table_of(tmp_path, capsys)
+    table_2, table_3 = text.split('\n### Table 3')
+    assert table_2 == alone and '(ours, minutes)' in table_2 and 'Test images: 50\n' in table_2
+    assert cells_of(table_3)['G2SD-S'][2] == '40.00 (n = 1)' and cells_of(table_3)['G2SD-S'][-1] == '2.00 (n = 1)'
+    assert 'Test images: 30\n' in table_3 and 'Top-1:' not in table_3
+    assert Image.open(tmp_path / 'curves.png').size == (1200, 2 * (430 + 26))  # a row of panels and one line of legend each
+
+
+def test_results_refuse_a_damaged_detection_log(tmp_path, capsys):
+    """Claim: what cannot be read is named; the half line of a run that was killed is no round."""
+    home = tmp_path / 'seed0/det_g2sd'
+    write_detection(home, [20.0, 40.0])
+    first, second = (home / 'log.txt').read_text().splitlines()
+    (home / 'log.txt').write_text(f'{first}\n{second[:50]}')
+    assert table_of(tmp_path, capsys)[0]['G2SD-S'][2] == 'seed0/det_g2sd: iteration 40/80'
+    for damaged in ('{"iteration": 40, "train', '{"epoch": 0, "train_loss": 1}', '{"iteration": null, "train_loss": 1}'):
+        (home / 'log.txt').write_text(f'{first}\n{damaged}\n{second}\n')
+        with pytest.raises(models.InputError, match=r"det_g2sd/log.txt, line 2 is no JSON object with 'iteration'"):
+            run_tool(results, tmp_path)
+    (home / 'log.txt').write_text(second.replace('test_mask_AP50', 'other') + '\n')
+    with pytest.raises(models.InputError, match="seed0/det_g2sd/log.txt: the last line has no 'test_mask_AP50'"):
+        run_tool(results, tmp_path)
+    (home / 'args.json').write_text('{"eval_every": 40}')
+    with pytest.raises(models.InputError, match='does not tell the epochs or iterations'):
+        run_tool(results, tmp_path)
+
+
+def test_curves_show_ap_against_iterations(tmp_path, monkeypatch):
+    """Claim: how fast detection converges can be seen: every round of every seed, unfinished runs as well."""
+    write_detection(tmp_path / 'teacher_det', [40.0, 50.0], size=128)
+    write_detection(tmp_path / 'seed0/det_g2sd', [30.0, 44.0, 45.0], iterations=100)
+    write_detection(tmp_path / 'seed1/det_g2sd', [32.0], iterations=100)
+    write_detection(tmp_path / 'seed0/det_deit', [10.0, 20.0])
+    panels = {}
+    monkeypatch.setattr(results, 'draw_panel', lambda draw, box, title, xlabel, curves, font: panels.update(
+        {(title, xlabel): curves}))
+    results.draw_curves({row: results.read_row(tmp_path, row) for row in results.TABLE_2 + results.TABLE_3})
+    assert list(panels) == [('Box AP, percent', 'iterations'), ('Mask AP, percent', 'iterations')]
+    for curves, lower in zip(panels.values(), (0, 2)):
+        teacher, deit, *g2sd = curves
+        assert teacher.dashed and teacher.points == [(0, 50.0 - lower)]
+        assert deit.points == [(40, 10.0 - lower), (80, 20.0 - lower)]
+        assert [curve.points for curve in g2sd] == [[(40, 30.0 - lower), (80, 44.0 - lower), (100, 45.0 - lower)],
+                                                    [(40, 32.0 - lower)]]
+        assert len({curve.colour for curve in curves}) == 3
+
+
+def test_every_row_with_runs_is_drawn_in_its_colour(tmp_path):
+    """Claim: curves.png shows the rows that have runs, in both panels and the legend, and no other row."""
+    write_detection(tmp_path / 'seed0/det_g2sd', [30.0, 44.0])
+    write_detection(tmp_path / 'seed0/det_dino', [20.0, 35.0])
+    run_tool(results, tmp_path)
+    picture = np.array(Image.open(tmp_path / 'curves.png'))
+    assert picture.shape == (430 + 2 * 26, 1200, 3)
+    parts = picture[:420, :580], picture[:420, 580:], picture[420:]
+    for row in results.TABLE_3:
+        drawn = [(part == ImageColor.getrgb(row.colour)).all(-1).sum() for part in parts]
+        if row.folders[0] in ('det_g2sd', 'det_dino'):
+            assert drawn[0] > 300 and drawn[1] > 300 and drawn[2] >= 45  # a line of 3 x 15 pixels in the legend
+        else:
+            assert sum(drawn) < 10  # the edges of letters are of many greys
+    for table in (results.TABLE_2, results.TABLE_3):
+        assert len({row.colour for row in table}) == len(table)
 
 
 @pytest.mark.parametrize('low, high, expected', [
@@ -295,6 +430,8 @@ def test_networks_that_predict_pixels_show_their_reconstruction(stage1, monkeypa
 @pytest.mark.parametrize('tool, words, message', [
     ('results', ['{tmp}/none'], 'there is no folder'),
     ('results', ['{tmp}'], 'holds no run'),
+    ('results', ['{tmp}'], 'teacher_mae, teacher_cls, teacher_det, or seed<N>/ with deit,'),
+    ('results', ['{tmp}'], 'det_scratch, det_finetuned, det_g2sd'),
     ('results', ['{tmp}/broken'], 'line 1 is no JSON object'),
     ('predict', ['--checkpoint', '{tmp}/none.pth', '--image', '{tmp}/a.png'], 'no checkpoint file'),
     ('predict', ['--checkpoint', '{tmp}/c.pth', '--image', '{tmp}/c.pth'], 'cannot read the image'),

@@ -1,10 +1,13 @@
 """The paper's tables beside our own numbers, and training curves, from a folder of runs.
 
-Reads:  FOLDER/teacher_mae, FOLDER/teacher_cls (one teacher for all seeds), FOLDER/seed<N>/{generic, finetuned, g2sd,
-        deit_distilled, deit}: each the --output_dir of a script, of which log.txt and args.json count; any may be missing
+Reads:  Table 2: FOLDER/teacher_mae, teacher_cls (one teacher for all seeds), seed<N>/{generic, finetuned, g2sd,
+        deit_distilled, deit}. Table 3: FOLDER/teacher_det, seed<N>/{det_deit, det_deit_distilled, det_deit_500, det_dino,
+        det_ibot, det_scratch, det_finetuned, det_g2sd}.
+        Each is the --output_dir of a script, of which log.txt and args.json count; any may be missing
 Writes: FOLDER/results.md (also printed) and FOLDER/curves.png, both anew from the logs each time
 Run:    python tools/results.py runs/cifar10
-A number counts when its run is finished, and it is the last epoch's, never the best: so do the paper's tables.
+A number counts when its run is finished, and it is the last epoch's (or round's), never the best: so do the paper's
+tables.
 """
 import argparse
 import json
@@ -27,8 +30,10 @@ class Row(NamedTuple):
     folders: tuple
     shared: bool
     paper_hours: float   # None where the paper gives none, here and below
-    paper_top1: float    # percent
+    paper_top1: float    # ImageNet, percent
     colour: str
+    paper_box: float = None    # AP on COCO, percent
+    paper_mask: float = None
 
 
 G2SD = Row('G2SD-S', ('generic', 'g2sd'), False, 71, 82.5, '#c62828')
@@ -40,6 +45,17 @@ TABLE_2 = (
     Row('G2SD-S w/o S.D (Tables 3, 4)', ('generic', 'finetuned'), False, None, 82.0, '#ef8f00'),
     G2SD,
 )
+TABLE_3 = (
+    Row('teacher: ViTDet-B from MAE', ('teacher_det',), True, None, None, '#555555', 51.6, 45.9),
+    Row('DeiT-S 300e', ('det_deit',), False, None, 79.9, '#7cb342', 45.7, 40.7),
+    Row('DeiT-S with distillation 300e (DeiT-S⚗)', ('det_deit_distilled',), False, None, 81.2, '#1565c0', 47.2, 41.9),
+    Row('DeiT-S 500e', ('det_deit_500',), False, None, 81.4, '#2e7d32', 46.9, 41.6),
+    Row('DINO-S 3200e', ('det_dino',), False, None, 82.0, '#8e24aa', 49.1, 43.3),
+    Row('iBOT-S 3200e', ('det_ibot',), False, None, 82.3, '#00acc1', 49.7, 44.0),
+    Row('random weights (not in the paper)', ('det_scratch',), False, None, None, '#795548'),
+    Row('G2SD-S w/o S.D', ('det_finetuned',), False, None, 82.0, '#ef8f00', 49.9, 44.5),
+    Row('G2SD-S', ('det_g2sd',), False, None, 82.5, '#c62828', 50.6, 44.8),
+)
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -47,17 +63,23 @@ TABLE_2 = (
 
 class Run(NamedTuple):
     name: str     # folder of the run, relative to FOLDER
+    unit: str     # what the run counts: 'epoch', or 'iteration' in detection
+    total: int    # of these units
     args: dict    # args.json
     log: list     # of log.txt's objects, complete lines only
 
+    def done(self, entry):
+        """Units finished at an object of the log: epochs are numbered from 0, iterations are counted."""
+        return entry[self.unit] + (self.unit == 'epoch')
+
     @property
     def finished(self):
-        return bool(self.log) and self.log[-1]['epoch'] == self.args['epochs'] - 1
+        return bool(self.log) and self.done(self.log[-1]) == self.total
 
     def last(self, key):
-        """The last epoch's value; raises InputError if the log lacks it."""
+        """The value on the last line; raises InputError if the log lacks it."""
         if key not in self.log[-1]:
-            raise models.InputError(f'{self.name}/log.txt: the last epoch has no {key!r}')
+            raise models.InputError(f'{self.name}/log.txt: the last line has no {key!r}')
         return self.log[-1][key]
 
 
@@ -71,20 +93,22 @@ def read_run(root, name):
         return None
     try:
         args = json.loads((folder / 'args.json').read_text())
-        args['epochs'] + 1
+        unit = 'epoch' if 'epochs' in args else 'iteration'
+        total = args[f'{unit}s'] + 0  # a number, or TypeError; so below
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise models.InputError(f'{folder}/args.json does not tell the epochs of the run ({error})') from error
+        raise models.InputError(f'{folder}/args.json does not tell the epochs or iterations ({error})') from error
     lines = (folder / 'log.txt').read_text(errors='replace').splitlines() if (folder / 'log.txt').exists() else []
     log = []
     for number, line in enumerate(lines, 1):
         try:
             log.append(json.loads(line))
-            log[-1]['epoch'], log[-1]['train_loss']
+            log[-1][unit] + 0, log[-1]['train_loss']
         except (ValueError, KeyError, TypeError) as error:
             if number < len(lines):
-                raise models.InputError(f'{folder}/log.txt, line {number} is no JSON object of an epoch') from error
+                raise models.InputError(f'{folder}/log.txt, line {number} is no JSON object with {unit!r} and '
+                                        "'train_loss'") from error
             log = log[:number - 1]
-    return Run(name, args, log)
+    return Run(name, unit, total, args, log)
 
 
 def read_row(root, row):
@@ -103,17 +127,17 @@ def count_classes(root, rows):
     return len(models.read_checkpoint(files[0]).get('classes') or ()) or None if files else None
 
 
-# ------------------------------------------------------------------------------------------------------------- the table
+# ------------------------------------------------------------------------------------------------------------ the tables
 
 
-def describe_stage(args):
+def describe_stage(run):
     """What a run did, by its arguments, as in the paper's Table 2: 'generic 300', 'supervised + distillation 500' ..."""
-    if 'target' in args:
-        what = {'feature': 'generic', 'pixel': 'MAE'}.get(args['target'], f'generic ({args["target"]})')
+    if 'target' in run.args:
+        what = {'feature': 'generic', 'pixel': 'MAE'}.get(run.args['target'], f'generic ({run.args["target"]})')
     else:
         what = {(True, True): 'specific', (True, False): 'fine-tuning', (False, True): 'supervised + distillation',
-                (False, False): 'supervised'}[bool(args['finetune']), bool(args['teacher_path'])]
-    return f'{what} {args["epochs"]}'
+                (False, False): 'supervised'}[bool(run.args['finetune']), bool(run.args['teacher_path'])]
+    return f'{what} {run.total}'
 
 
 def split_seeds(seeds):
@@ -122,8 +146,8 @@ def split_seeds(seeds):
     for stages in seeds:
         unfinished = [run for run in stages if run and not run.finished]
         if unfinished:
-            done = unfinished[0].log[-1]['epoch'] + 1 if unfinished[0].log else 0
-            running.append(f'{unfinished[0].name}: epoch {done}/{unfinished[0].args["epochs"]}')
+            run = unfinished[0]
+            running.append(f'{run.name}: {run.unit} {run.done(run.log[-1]) if run.log else 0}/{run.total}')
         elif stages[-1]:
             counted.append(stages)
     return counted, running
@@ -137,16 +161,38 @@ def spread(values):
         f' (n = {len(values)})'
 
 
-def name_sources(counted):
-    """Text: the networks and the log files behind the numbers of a row. counted: see `split_seeds`."""
-    runs = [run for stages in counted for run in stages if run]
-    networks = dict.fromkeys(f'{run.args["model"]} at {"x".join(map(str, run.args["input_size"]))}' for run in runs)
-    accuracy = [f'`{stages[-1].name}/log.txt`' for stages in counted]
-    time = [f'`{run.name}/log.txt`' for stages in counted if all(stages) for run in stages]
-    return f'{", then ".join(networks)}. Top-1: {", ".join(accuracy)}. Time: {", ".join(time) or "a stage is missing"}.'
+def paper_value(value):
+    return '' if value is None else f'{value:.1f}'
 
 
-NOTE = """Ours: top-1 in percent after the last epoch of finished runs, never of the best epoch; mean ± sample standard
+def training_times(split):
+    """({Row: [time of each seed]}, unit): of training, all stages, in the largest unit that the longest row fills.
+
+    split: {Row: what `split_seeds` gave}. A seed whose first stage is missing has a result but no time.
+    """
+    seconds = {row: [sum(run.last('train_seconds') for run in stages) for stages in counted if all(stages)]
+               for row, (counted, _) in split.items()}
+    longest = max(sum(seconds.values(), [0]))
+    unit, size = next(((unit, size) for unit, size in (('hours', 3600), ('minutes', 60)) if longest >= size), ('seconds', 1))
+    return {row: [value / size for value in values] for row, values in seconds.items()}, unit
+
+
+def name_sources(split, number):
+    """Lines: the test images, and the networks and log files behind each row's `number` ('Top-1' or 'AP') and time."""
+    images, lines = set(), []
+    for row, (counted, _) in split.items():
+        runs = [run for stages in counted for run in stages if run]
+        networks = dict.fromkeys(f'{run.args["model"]} at {"x".join(map(str, run.args["input_size"]))}' for run in runs)
+        results = [f'`{stages[-1].name}/log.txt`' for stages in counted]
+        time = [f'`{run.name}/log.txt`' for stages in counted if all(stages) for run in stages]
+        images |= {stages[-1].last('test_images') for stages in counted}
+        lines += [f'- {row.method}: {", then ".join(networks)}. {number}: {", ".join(results)}. '
+                  f'Time: {", ".join(time) or "a stage is missing"}.'] if counted else []
+    return [f'- Test images: {", ".join(map(str, sorted(images)))}', '', 'Networks and logs of each row:', '',
+            *lines] if lines else []
+
+
+NOTE_2 = """Ours: top-1 in percent after the last epoch of finished runs, never of the best epoch; mean ± sample standard
 deviation over n seeds. Time: {unit} of training, all stages of the row, without evaluation; G2SD and distillation do not
 count that of the teacher, which has a row of its own. The paper's values: ViT-S (teacher ViT-B) on ImageNet-1k."""
 
@@ -154,33 +200,50 @@ count that of the teacher, which has a row of its own. The paper's values: ViT-S
 def table_2(root, rows):
     """Markdown of the paper's Table 2, and what its numbers rest on. rows: {Row: what `read_row` gave}."""
     split = {row: split_seeds(seeds) for row, seeds in rows.items()}
-    # a seed whose first stage is missing has an accuracy but no time
-    times = {row: [sum(run.last('train_seconds') for run in stages) for stages in counted if all(stages)]
-             for row, (counted, _) in split.items()}
-    longest = max(sum(times.values(), [0]))
-    unit, size = next(((unit, size) for unit, size in (('hours', 3600), ('minutes', 60)) if longest >= size), ('seconds', 1))
+    times, unit = training_times(split)
     lines = ['### Table 2: ImageNet classification in the paper, and our runs', '',
              f'| method | our 1st stage | our 2nd stage | paper time | time (ours, {unit}) | paper top-1 | top-1 (ours) |',
              '|---|---|---|---|---|---|---|']
-    sources, images = [], set()
     for row, (counted, running) in split.items():
-        stages = [' / '.join(sorted({describe_stage(run.args) for run in stage if run})) for stage in zip(*rows[row])]
+        stages = [' / '.join(sorted({describe_stage(run) for run in stage if run})) for stage in zip(*rows[row])]
         top1 = spread([stages[-1].last('test_acc1') for stages in counted])
         lines.append(f'| {row.method} | ' + ' | '.join((stages + ['', ''])[:2] + [
-            f'{row.paper_hours} h' if row.paper_hours else '', spread([value / size for value in times[row]]),
-            f'{row.paper_top1:.1f}', '; '.join(filter(None, [top1, *running]))]) + ' |')
-        if counted:
-            images |= {stages[-1].last('test_images') for stages in counted}
-            sources.append(f'- {row.method}: {name_sources(counted)}')
-    lines += ['', NOTE.format(unit=unit), '']
+            f'{row.paper_hours} h' if row.paper_hours else '', spread(times[row]), paper_value(row.paper_top1),
+            '; '.join(filter(None, [top1, *running]))]) + ' |')
+    lines += ['', NOTE_2.format(unit=unit), '']
     ours = [statistics.mean(times[row]) if times[row] else None for row in (G2SD, DEIT_DISTILLED)]
     paper = G2SD.paper_hours, DEIT_DISTILLED.paper_hours
     lines.append(f'- Time of {G2SD.method} / {DEIT_DISTILLED.method}: {paper[0] / paper[1]:.2f} in the paper ({paper[0]} / '
                  f'{paper[1]}); ours: ' + (f'{ours[0] / ours[1]:.2f}' if all(ours) else 'not known yet'))
-    lines += [f'- Test images: {", ".join(map(str, sorted(images)))}'] if images else []
     classes = count_classes(root, rows)
     lines += [f'- Chance level: {100 / classes:.2f} % ({classes} classes)'] if classes else []
-    return '\n'.join(lines + (['', 'Networks and logs of each row:', '', *sources] if sources else [])) + '\n'
+    return '\n'.join(lines + name_sources(split, 'Top-1')) + '\n'
+
+
+NOTE_3 = """Ours: AP in percent (COCO's, mean over IoU 0.50 to 0.95; AP50: at 0.50) after the last round of finished runs,
+never of the best round; mean ± sample standard deviation over n seeds. Time: {unit} of detection training alone, without
+evaluation; earlier stages and pre-training do not count, nor does the teacher, which has a row of its own. The paper's
+values: ViTDet with ViT-S (teacher ViT-B) on COCO, 100 epochs, 1024x1024; ImageNet: top-1 in percent; 300e: pre-trained
+for 300 epochs in the paper."""
+
+
+def table_3(rows):
+    """Markdown of the paper's Table 3, and what its numbers rest on. rows: {Row: what `read_row` gave}."""
+    split = {row: split_seeds(seeds) for row, seeds in rows.items() if seeds or row.paper_box}
+    times, unit = training_times(split)
+    lines = ['### Table 3: detection and instance segmentation on COCO in the paper, and our runs', '',
+             '| method | paper ImageNet | paper AP^bbox | AP^bbox (ours) | paper AP^mask | AP^mask (ours) | '
+             f'our AP50 bbox / mask | our iterations | time (ours, {unit}) |', '|---|---|---|---|---|---|---|---|---|']
+    for row, (counted, running) in split.items():
+        box, mask, box50, mask50 = (spread([run.last(f'test_{key}') for (run,) in counted])
+                                    for key in ('bbox_AP', 'mask_AP', 'bbox_AP50', 'mask_AP50'))
+        iterations = sorted({run.total for (run,) in rows[row]})
+        lines.append(f'| {row.method} | ' + ' | '.join([
+            paper_value(row.paper_top1), paper_value(row.paper_box), '; '.join(filter(None, [box, *running])),
+            paper_value(row.paper_mask), mask, f'{box50} / {mask50}' if counted else '',
+            ' / '.join(map(str, iterations)), spread(times[row])]) + ' |')
+    sources = name_sources(split, 'AP')
+    return '\n'.join([*lines, '', NOTE_3.format(unit=unit)] + (['', *sources] if sources else [])) + '\n'
 
 
 # ------------------------------------------------------------------------------------------------------------ the curves
@@ -208,7 +271,7 @@ def draw_panel(draw, box, title, xlabel, curves, font):
     draw.rectangle((left, top, right, bottom), outline='#888888', width=2)
     points = [point for curve in curves for point in curve.points]
     if not points:
-        draw.text(((left + right) / 2, (top + bottom) / 2), 'no finished epoch yet', '#555555', font, anchor='mm')
+        draw.text(((left + right) / 2, (top + bottom) / 2), 'no value yet', '#555555', font, anchor='mm')
         return
     xs = round_steps(0, max(x for x, _ in points), least=1)
     ys = round_steps(min(y for _, y in points), max(y for _, y in points))
@@ -228,7 +291,7 @@ def draw_panel(draw, box, title, xlabel, curves, font):
         if curve.dashed:
             y = place(0, curve.points[-1][1])[1]
             for x in range(int(left), int(right), font.size):
-                draw.line([(x, y), (x + font.size / 2, y)], curve.colour, 4)
+                draw.line([(x, y), (min(x + font.size / 2, right), y)], curve.colour, 4)
             continue
         pixels = [place(*point) for point in curve.points]
         draw.line(pixels, curve.colour, 5, joint='curve')
@@ -236,54 +299,74 @@ def draw_panel(draw, box, title, xlabel, curves, font):
             draw.ellipse((x - 7, y - 7, x + 7, y + 7), curve.colour)
 
 
-def draw_curves(rows):
-    """Picture: test top-1 against all epochs of the student, and the first stage's training loss; a colour per row."""
-    accuracy, loss, legend = [], [], []
+def curves_of(rows, key):
+    """{Row: [Curve of a seed, ...]} of a value in the log, against all training of the student; no row without a point."""
+    curves = {}
     for row, seeds in rows.items():
         for stages in seeds:
-            before = sum(run.args['epochs'] for run in stages[:-1] if run)
-            last = stages[-1].log if stages[-1] else []
-            points = [(before + entry['epoch'] + 1, entry['test_acc1']) for entry in last if 'test_acc1' in entry]
-            if row.shared:  # the teacher's epochs are other epochs: its level alone can be compared
+            before, run = sum(run.total for run in stages[:-1] if run), stages[-1]
+            points = [(before + run.done(entry), entry[key]) for entry in run.log if key in entry] if run else []
+            if row.shared:  # the teacher's training is another one: its level alone can be compared
                 points = [(0, points[-1][1])] if points else []
             if points:
-                accuracy.append(Curve(points, row.colour, row.shared))
-                legend += [row] if row not in legend else []
-            if row is G2SD and stages[0] and stages[0].log:
-                loss.append(Curve([(entry['epoch'] + 1, entry['train_loss']) for entry in stages[0].log], row.colour))
+                curves.setdefault(row, []).append(Curve(points, row.colour, row.shared))
+    return curves
+
+
+def draw_curves(rows):
+    """Picture: for each table that has runs two panels side by side, and their legend; a colour per row.
+
+    Table 2: test top-1 against all epochs of the student, and the first stage's training loss. Table 3: AP of boxes and of
+    masks against iterations. rows: {Row: what `read_row` gave}, of both tables.
+    """
+    cls, det = ({row: rows[row] for row in table if rows.get(row)} for table in (TABLE_2, TABLE_3))
+    generic = {G2SD: [stages[:1] for stages in cls.get(G2SD, [])]}
+    strips = []  # of two panels: (left, right, title, xlabel, curves)
+    if cls:
+        strips.append([(0, 730, 'Test top-1, percent', 'epochs, all stages', curves_of(cls, 'test_acc1')),
+                       (750, 1175, 'Generic stage: training loss', 'epochs', curves_of(generic, 'train_loss'))])
+    if det:
+        strips.append([(0, 560, 'Box AP, percent', 'iterations', curves_of(det, 'test_bbox_AP')),
+                       (600, 1160, 'Mask AP, percent', 'iterations', curves_of(det, 'test_mask_AP'))])
     k = 2  # drawn twice as large, then reduced: smooth lines
     font = ImageFont.load_default(15 * k)
-    image = Image.new('RGB', (1200 * k, (430 + 26 * len(legend)) * k), 'white')
+    heights = [430 + 26 * len(panels[0][-1]) for panels in strips]
+    image = Image.new('RGB', (1200 * k, sum(heights) * k), 'white')
     draw = ImageDraw.Draw(image)
-    draw_panel(draw, (0, 0, 730 * k, 420 * k), 'Test top-1, percent', 'epochs, all stages', accuracy, font)
-    draw_panel(draw, (750 * k, 0, 1175 * k, 420 * k), 'Generic stage: training loss', 'epochs', loss, font)
-    for number, row in enumerate(legend):
-        y = (430 + 26 * number) * k
-        for x in (60, 85) if row.shared else (60, 70, 80):
-            draw.line([(x * k, y), ((x + 15) * k, y)], row.colour, 5)
-        text = re.sub(r' \(.*', '', row.method) + (', level of its last epoch' if row.shared else '')
-        draw.text((112 * k, y), text, 'black', font, anchor='lm')
+    for number, panels in enumerate(strips):
+        top = sum(heights[:number])
+        for left, right, title, xlabel, curves in panels:
+            draw_panel(draw, (left * k, top * k, right * k, (top + 420) * k), title, xlabel, sum(curves.values(), []), font)
+        for line, row in enumerate(panels[0][-1]):
+            y = (top + 430 + 26 * line) * k
+            for x in (60, 85) if row.shared else (60, 70, 80):
+                draw.line([(x * k, y), ((x + 15) * k, y)], row.colour, 5)
+            text = re.sub(r' \(.*', '', row.method) + (', level of its last evaluation' if row.shared else '')
+            draw.text((112 * k, y), text, 'black', font, anchor='lm')
     return image.reduce(k)
 
 
 def get_args_parser():
     parser = argparse.ArgumentParser(description='logs of a folder of runs -> results.md and curves.png', allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('folder', type=Path, help='folder with teacher_mae, teacher_cls and seed<N>/')
+    parser.add_argument('folder', type=Path, help='folder with teacher_mae, teacher_cls, teacher_det and seed<N>/')
     return parser
 
 
 def main(args):
     if not args.folder.is_dir():
         raise models.InputError(f'there is no folder {args.folder}')
-    rows = {row: read_row(args.folder, row) for row in TABLE_2}
-    if not any(rows.values()):
-        raise models.InputError(f'{args.folder} holds no run: expected teacher_mae, teacher_cls, or seed<N>/ with generic, '
-                                'finetuned, g2sd, deit_distilled or deit')
-    text = table_2(args.folder, rows)
+    cls, det = ({row: read_row(args.folder, row) for row in table} for table in (TABLE_2, TABLE_3))
+    tables = [table_2(args.folder, cls)] if any(cls.values()) else []
+    tables += [table_3(det)] if any(det.values()) else []
+    if not tables:
+        teachers, students = (', '.join(dict.fromkeys(name for row in TABLE_2 + TABLE_3 if row.shared == shared
+                                                      for name in row.folders)) for shared in (True, False))
+        raise models.InputError(f'{args.folder} holds no run: expected {teachers}, or seed<N>/ with {students}')
+    text = '\n'.join(tables)
     print(text, end='')
     (args.folder / 'results.md').write_text(text, encoding='utf-8')
-    draw_curves(rows).save(args.folder / 'curves.png')
+    draw_curves({**cls, **det}).save(args.folder / 'curves.png')
 
 
 if __name__ == '__main__':
