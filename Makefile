@@ -2,6 +2,7 @@
 #   make reproduce-table2 SCALE=imagenet IMAGENET=/data/imagenet     the paper's recipe, 8 GPUs
 #   make reproduce-table2 SCALE=cifar10 CIFAR10=/data/cifar10        one GPU; a reduced form on a CPU
 #   make reproduce-table2 SCALE=toy                                  drawn images, minutes on a CPU (make demo)
+#   make reproduce-table3 SCALE=imagenet IMAGENET=... COCO=/data/coco  detection; every row whose start weights are given
 #   make -n reproduce-table2 ...                                     shows every command
 
 SCALE ?= imagenet
@@ -9,6 +10,7 @@ SEED ?= 0
 OUT ?= runs
 IMAGENET ?=
 CIFAR10 ?=
+COCO ?=
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 DEVICE ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
 # spinning OpenMP threads slow two processes on two cores twentyfold
@@ -22,6 +24,14 @@ ROWS := $(RUNS)/seed$(SEED)
 # your own checkpoints in place of the teachers that would be made
 TEACHER_MAE ?= $(RUNS)/teacher_mae/final.pth
 TEACHER_CLS ?= $(RUNS)/teacher_cls/final.pth
+TEACHER_DET ?= $(RUNS)/teacher_det/final.pth
+GENERIC ?= $(ROWS)/generic/final.pth
+# start weights of Table 3's other rows, files: DeiT-S and DeiT-S with distillation (300 epochs), DeiT-S (500), DINO-S, iBOT-S
+DEIT ?=
+DEIT_DISTILLED ?=
+DEIT_500 ?=
+DINO ?=
+IBOT ?=
 
 # ---- scales: sets of variables over one graph. Empty means: the scripts' defaults, which are the paper's
 ifeq ($(SCALE),imagenet)
@@ -31,6 +41,9 @@ MAE_TEACHER := mae_vit_base_patch16
 MAE_STUDENT := mae_vit_small_patch16_dec256d4b
 # MAE's recipe for fine-tuning ViT-B
 TEACHER_CLS_ARGS := --epochs 100 --blr 5e-4 --layer_decay 0.65 --drop_path 0.1
+COCO_DATA := $(COCO)
+# ViTDet-B's recipe
+TEACHER_DET_ARGS := --weight_decay 0.1
 else ifeq ($(SCALE),cifar10)
 NPROC ?= 1
 COMMON := --device $(DEVICE) --input_size 32 --num_workers 8
@@ -72,27 +85,41 @@ TEACHER_CLS_ARGS := --epochs 32
 GENERIC_ARGS := --epochs 20
 FINETUNE_ARGS := --epochs 20
 SCRATCH_ARGS := --epochs 40
+COCO_DATA := $(RUNS)/data/coco
+TOY_COCO_ARGS := --scenes 256 --val_scenes 64
+# a few minutes; AP goes on rising for thousands of iterations
+DET_ITERATIONS ?= 500
+TEACHER_DET_ITERATIONS ?= 800
+DET_ARGS := --device $(DEVICE) --num_workers 0 --input_size 64 --window_size 4 --fpn_dim 32 --head_dim 128 --anchor_size 6 \
+	--proposals 50 --roi_batch 32 --drop_path 0 --scale_jitter 0.7 1.4 --batch_size 4 --lr 2e-3 --warmup_iterations 50 \
+	--distill_warmup 100 --iterations $(DET_ITERATIONS) --eval_every 250
+TEACHER_DET_ARGS := --iterations $(TEACHER_DET_ITERATIONS)
 else
 $(error SCALE=$(SCALE): choose imagenet, cifar10 or toy)
 endif
 strip_decoder = $(firstword $(subst _dec, ,$(patsubst mae_%,%,$(1))))
 CLS_TEACHER := $(call strip_decoder,$(MAE_TEACHER))
 CLS_STUDENT := $(call strip_decoder,$(MAE_STUDENT))
+DET_TEACHER := $(CLS_TEACHER)
+DET_STUDENT := $(CLS_STUDENT)
 
 RUN = $(PYTHON) -m torch.distributed.run --standalone --nproc_per_node=$(NPROC)
 STAGE1 = $(RUN) generic_distill.py --data_path $(DATA) --output_dir $(@D) --resume auto --seed $(SEED) \
 	$(COMMON) $(MAE_ARGS)
 STAGE2 = $(RUN) specific_distill_cls.py --data_path $(DATA) --output_dir $(@D) --resume auto --seed $(SEED) \
 	$(COMMON) $(STAGE2_ARGS)
+DET = $(RUN) specific_distill_det.py --data_path $(COCO_DATA) --output_dir $(@D) --resume auto --seed $(SEED) \
+	$(DET_ARGS)
 # final.pth appears when all epochs are done; checkpoint.pth of an interrupted run is what --resume auto goes on from
 FINISH = ln -f $(@D)/checkpoint.pth $@ && touch $@
 
-.PHONY: help demo test lint diff results clean reproduce-table2 data
+.PHONY: help demo test lint diff results clean reproduce-table2 reproduce-table3 data coco
 .DELETE_ON_ERROR:
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 20
-	@echo 'variables:          SCALE=imagenet|cifar10|toy SEED=0 NPROC=8 IMAGENET= CIFAR10= TEACHER_MAE= TEACHER_CLS= OUT=runs'
+	@echo 'variables:          SCALE=imagenet|cifar10|toy SEED=0 NPROC=8 IMAGENET= CIFAR10= COCO= OUT=runs,'
+	@echo '                    your own checkpoints: TEACHER_MAE= TEACHER_CLS= TEACHER_DET= GENERIC= DEIT= DINO= ... (see Makefile)'
 
 # ---- Table 2: G2SD against DeiT with distillation and DeiT, at equal total epochs
 TABLE2 := finetuned g2sd deit_distilled deit
@@ -111,12 +138,12 @@ $(ROWS)/generic/final.pth: $(TEACHER_MAE) | data
 	$(STAGE1) --teacher_model $(MAE_TEACHER) --teacher_path $(TEACHER_MAE) --model $(MAE_STUDENT) $(GENERIC_ARGS)
 	$(FINISH)
 
-$(ROWS)/finetuned/final.pth: $(ROWS)/generic/final.pth | data
-	$(STAGE2) --model $(CLS_STUDENT) --finetune $(ROWS)/generic/final.pth $(FINETUNE_ARGS)
+$(ROWS)/finetuned/final.pth: $(GENERIC) | data
+	$(STAGE2) --model $(CLS_STUDENT) --finetune $(GENERIC) $(FINETUNE_ARGS)
 	$(FINISH)
 
-$(ROWS)/g2sd/final.pth: $(ROWS)/generic/final.pth $(TEACHER_CLS) | data
-	$(STAGE2) --model $(CLS_STUDENT) --finetune $(ROWS)/generic/final.pth \
+$(ROWS)/g2sd/final.pth: $(GENERIC) $(TEACHER_CLS) | data
+	$(STAGE2) --model $(CLS_STUDENT) --finetune $(GENERIC) \
 		--teacher_model $(CLS_TEACHER) --teacher_path $(TEACHER_CLS) $(FINETUNE_ARGS)
 	$(FINISH)
 
@@ -127,6 +154,32 @@ $(ROWS)/deit_distilled/final.pth: $(TEACHER_CLS) | data
 $(ROWS)/deit/final.pth: | data
 	$(STAGE2) --model $(CLS_STUDENT) $(SCRATCH_ARGS)
 	$(FINISH)
+
+# ---- Table 3: detection and instance segmentation on COCO
+DET_STARTS := $(foreach name,DEIT DEIT_DISTILLED DEIT_500 DINO IBOT,$(if $($(name)),$(name)))
+det_folder = det_$(shell echo $(1) | tr A-Z a-z)
+TABLE3 := det_finetuned det_g2sd $(foreach name,$(DET_STARTS),$(call det_folder,$(name)))
+reproduce-table3: $(TABLE3:%=$(ROWS)/%/final.pth)  ## the paper's Table 3: train every row, print the table
+	$(PYTHON) tools/results.py $(RUNS)
+
+$(RUNS)/teacher_det/final.pth: $(TEACHER_MAE) | coco
+	$(DET) --seed 0 --model $(DET_TEACHER) --finetune $(TEACHER_MAE) $(TEACHER_DET_ARGS)
+	$(FINISH)
+
+$(ROWS)/det_finetuned/final.pth: $(GENERIC) | coco
+	$(DET) --model $(DET_STUDENT) --finetune $(GENERIC)
+	$(FINISH)
+
+$(ROWS)/det_g2sd/final.pth: $(GENERIC) $(TEACHER_DET) | coco
+	$(DET) --model $(DET_STUDENT) --finetune $(GENERIC) --teacher_model $(DET_TEACHER) --teacher_path $(TEACHER_DET)
+	$(FINISH)
+
+define det_start
+$(ROWS)/$(call det_folder,$(1))/final.pth: $($(1)) | coco
+	$$(DET) --model $(DET_STUDENT) --finetune $($(1))
+	$$(FINISH)
+endef
+$(foreach name,$(DET_STARTS),$(eval $(call det_start,$(name))))
 
 # ---- data: checked for the real sets, drawn for the toy, thinned out for a CPU
 ifeq ($(SCALE),toy)
@@ -145,6 +198,15 @@ $(RUNS)/data/val:
 else
 data:
 	@test -d "$(DATA)" || { echo 'set $(if $(filter imagenet,$(SCALE)),IMAGENET=folder with train/CLASS/ and val/CLASS/,CIFAR10=folder)'; exit 1; }
+endif
+
+ifeq ($(SCALE),toy)
+coco: $(COCO_DATA)
+$(COCO_DATA): | data
+	$(PYTHON) tools/toy_data.py --out $(RUNS)/data --only coco $(TOY_COCO_ARGS)
+else
+coco:
+	@test -d "$(COCO_DATA)/annotations" || { echo 'set COCO=folder with annotations/, train2017/ and val2017/ (SCALE=imagenet)'; exit 1; }
 endif
 
 results:  ## print the tables of what has been run at this SCALE, and draw the curves
@@ -173,6 +235,7 @@ lint: .venv/installed  ## mistakes only: unused names, shadowing, common bugs
 
 diff:  ## what the stages do differently
 	-diff generic_distill.py specific_distill_cls.py
+	-diff specific_distill_cls.py specific_distill_det.py
 
 clean:  ## remove caches; never runs
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
