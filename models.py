@@ -576,7 +576,7 @@ def load_pretrained(model, path):
                              ': is it the checkpoint of another architecture? Give the right --model')
     used = [k for k in own if k not in new]
     model.load_state_dict({k: state[k] for k in used}, strict=False)
-    summary = [f'{len(used)} used'] + resized
+    summary = [f'{len(used)} used: {", ".join(sorted({k.split(".")[0] for k in used}))}'] + resized
     for what, names in (('new', new), ('left out', left_out)):
         groups = sorted({re.sub(r'^blocks\.\d+\..*\.|\..*', '', k) for k in names})
         summary += [f'{what}: {", ".join(groups)}'] if groups else []

@@ -145,6 +145,8 @@ def resolve_recipe(args):
             raise models.InputError(f'--{flag} must not be negative')
     if args.warmup_iterations >= args.iterations and not args.eval:
         raise models.InputError(f'--warmup_iterations {args.warmup_iterations} must be below --iterations {args.iterations}')
+    if args.results_json and not Path(args.results_json).absolute().parent.is_dir():
+        raise models.InputError(f'--results_json {args.results_json}: there is no such folder')
     if not 0 < args.scale_jitter[0] <= args.scale_jitter[1]:
         raise models.InputError('--scale_jitter takes two positive factors, the smaller one first')
     for split in ('train', 'val'):
@@ -166,7 +168,8 @@ def read_coco(path, image_folder):
     """COCO JSON -> (images, annotations of each image id, categories by ascending id), checked; raises InputError.
 
     Every annotation gets the keys that evaluation needs: its own new `id` from 1 (pycocotools takes a match with id 0 for
-    none), `iscrowd` and `area`. Boxes are xywh in pixels of the original image.
+    none), `iscrowd` and `area`. Boxes are xywh in pixels of the original image. What has no polygon of three corners is
+    left out.
     """
     def fail(what):
         raise models.InputError(f'{path}: {what}')
@@ -214,9 +217,13 @@ def read_coco(path, image_folder):
                     isinstance(counts, list) and all(type(run) is int and run >= 0 for run in counts)
                     and sum(counts) == math.prod(shape['size']))):
                 fail(f'{name}: its run lengths are not those of an image of its size')
-        elif not isinstance(shape, list) or not all(
+        elif not isinstance(shape, list) or not shape or not all(
                 isinstance(polygon, list) and len(polygon) % 2 == 0 and all(map(number, polygon)) for polygon in shape):
             fail(f'{name} has no segmentation: polygons, or run lengths')
+        else:  # fewer than three corners are nothing to fill, and pycocotools takes two for a box
+            shape = [polygon for polygon in shape if len(polygon) >= 6]
+            if not shape:
+                continue
         objects[entry['image_id']].append({
             'id': count, 'image_id': entry['image_id'], 'category_id': entry['category_id'], 'bbox': box,
             'segmentation': shape, 'iscrowd': int(bool(entry.get('iscrowd'))),
@@ -235,10 +242,7 @@ def decode_mask(segmentation, height, width, top=0, left=0, crop_height=None, cr
         compressed = isinstance(segmentation['counts'], str)
         whole = coco_mask.decode(segmentation if compressed else coco_mask.frPyObjects(segmentation, height, width))
         return np.ascontiguousarray(whole[top:top + crop[0], left:left + crop[1]])
-    polygons = [(np.array(polygon).reshape(-1, 2) - (left, top)).ravel().tolist()
-                for polygon in segmentation if len(polygon) >= 6]  # fewer than three corners: nothing to fill
-    if not polygons:
-        return np.zeros(crop, np.uint8)
+    polygons = [(np.array(polygon).reshape(-1, 2) - (left, top)).ravel().tolist() for polygon in segmentation]
     return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, *crop)))
 
 
@@ -269,6 +273,12 @@ def draw_jitter(height, width, size, scale_range):
         part.append((min(round(start), side - length), length))
     (top, part_height), (left, part_width) = part
     return (top, left, part_height, part_width), tuple(crop), bool(np.random.rand() < 0.5)
+
+
+def fit(pixels, size):
+    """Image (3, H, W) uint8 -> the same with its long side `size`, as the network sees it in evaluation."""
+    scaled = [max(1, round(side * size / max(pixels.shape[1:]))) for side in pixels.shape[1:]]
+    return v2.functional.resize(pixels, scaled, antialias=True)
 
 
 class CocoDataset(torch.utils.data.Dataset):
@@ -316,8 +326,7 @@ class CocoDataset(torch.utils.data.Dataset):
         image, kept, pixels = self.read(index)
         height, width = pixels.shape[1:]
         if not self.is_train:
-            scaled = [max(1, round(side * self.size / max(height, width))) for side in (height, width)]
-            return v2.functional.resize(pixels, scaled, antialias=True), {'image_id': image['id'], 'size': (height, width)}
+            return fit(pixels, self.size), {'image_id': image['id'], 'size': (height, width)}
         part, new_size, flip = draw_jitter(height, width, self.size, self.scale_range)
         top, left, part_height, part_width = part
         pixels = v2.functional.resized_crop(pixels, *part, new_size, antialias=True)
@@ -492,12 +501,9 @@ class AlignedRoIPooler(MultiScaleRoIAlign):
         side = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).clamp(min=1e-6).sqrt()
         # FPN, equation 1: a region of the canonical size is read from the third level
         levels = (2 + (side / self.canonical).log2() + 1e-8).floor().clamp(0, len(self.strides) - 1)
-        pooled = x['0'].new_zeros(len(rois), x['0'].shape[1], *self.output_size, dtype=torch.float32)
-        for k, (name, stride) in enumerate(zip(self.featmap_names, self.strides)):
-            chosen = torch.nonzero(levels == k)[:, 0]
-            part = roi_align(x[name].float(), rois[chosen], self.output_size, 1 / stride, sampling_ratio=0, aligned=True)
-            pooled = pooled.index_put((chosen,), part)
-        return pooled
+        parts = [roi_align(x[name].float(), rois[levels == k], self.output_size, 1 / stride, sampling_ratio=0, aligned=True)
+                 for k, (name, stride) in enumerate(zip(self.featmap_names, self.strides))]
+        return torch.cat(parts)[levels.argsort(stable=True).argsort()]  # from the order of levels back to that of boxes
 
 
 class KeepScale(GeneralizedRCNNTransform):
