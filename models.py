@@ -445,7 +445,7 @@ def flat_state_dict(checkpoint, path):
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise InputError(f'{path}: entry {key!r} claims {value.numel()} numbers that the file does not hold')
     # DINO's and iBOT's wrapper; a detector of ours has a backbone among other parts, and keeps the name
-    prefix = r'^(module\.)?(backbone\.)?' if not any(key.startswith('rpn.') for key in state) else r'^module\.'
+    prefix = r'^(module\.)?(backbone\.)?' if not any(re.match(r'(module\.)?rpn\.', key) for key in state) else r'^module\.'
     state = {re.sub(prefix, '', key): value for key, value in state.items()}
     if any('patch_embeddings.projection' in key for key in state):
         state = from_hugging_face(state)

@@ -38,7 +38,9 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from timm.layers import LayerNorm2d, trunc_normal_
-from timm.models.vision_transformer_sam import Attention, VisionTransformerSAM, get_rel_pos
+from timm.models import checkpoint_seq
+from timm.models.vision_transformer_sam import (
+    Attention, Block, VisionTransformerSAM, get_rel_pos, window_partition, window_unpartition)
 from timm.optim import create_optimizer_v2
 from timm.scheduler import MultiStepLRScheduler
 from timm.utils import init_distributed_device
@@ -134,9 +136,12 @@ def resolve_recipe(args):
     """Checks what belongs to this stage alone; fills in the four paths of the data. Raises InputError."""
     if args.eval and not args.resume:
         raise models.InputError('--eval needs --resume CHECKPOINT, the detector to evaluate')
-    if args.input_size[0] != args.input_size[-1] or args.input_size[0] % (4 * models.parse_name(args.model).patch):
-        raise models.InputError(f'--input_size {" ".join(map(str, args.input_size))}: detection needs one side, a multiple '
-                                f'of {4 * models.parse_name(args.model).patch} pixels (4 patches of {args.model})')
+    patch = models.parse_name(args.model).patch
+    if patch % 4 or args.input_size[0] != args.input_size[-1] or args.input_size[0] % (4 * patch):
+        raise models.InputError(f'--input_size {" ".join(map(str, args.input_size))} and {args.model}: detection needs a '
+                                'patch that 4 divides, and one side, a multiple of 4 patches')
+    if args.teacher_path and models.parse_name(args.teacher_model).patch != patch:
+        raise models.InputError(f'{args.model} and {args.teacher_model} differ in patch size: their pyramids do not match')
     for flag in ('iterations', 'eval_every', 'window_size', 'head_dim', 'anchor_size', 'proposals', 'roi_batch', 'fpn_dim'):
         if getattr(args, flag) < 1:
             raise models.InputError(f'--{flag} must be at least 1')
@@ -406,32 +411,53 @@ class FoldedAttention(Attention):
         return self.proj(x.transpose(1, 2).reshape(n, height, width, -1))
 
 
-def create_backbone(name, img_size, window_size=14, drop_path_rate=0.0):
-    """ViTDet's plain ViT by name: timm's VisionTransformerSAM, (N, 3, H, W) -> (N, D, H/patch, W/patch), no final norm.
+class ImageWiseBlock(Block):
+    """timm's block, but stochastic depth drops a branch of whole images (ViTDet); timm's drops single windows."""
+
+    def forward(self, x):
+        shortcut, size, x = x, x.shape[1:3], self.norm1(x)
+        if self.window_size:
+            x, padded = window_partition(x, self.window_size)
+            x = window_unpartition(self.attn(x), self.window_size, size, padded)
+        else:
+            x = self.attn(x)
+        x = shortcut + self.drop_path1(x)
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+
+class PlainBackbone(VisionTransformerSAM):
+    """ViTDet's plain ViT, (N, 3, H, W) -> (N, D, H/patch, W/patch): no class token, no final norm.
 
     Four blocks attend globally, each the last of a quarter (2, 5, 8 and 11 of 12), the others in windows. The position
-    table stays that of 224 pixels and is resized in each forward, with gradients (ViTDet).
+    table stays that of 224 pixels and is resized in each forward, with gradients, bicubic as in ViTDet (timm antialiases).
     """
-    parsed = models.parse_name(name)
-    if parsed.is_mae:
-        raise models.InputError(f'{name!r} names an autoencoder; its encoder alone is called vit_...')
-    size, side = parsed.size, max(1, 224 // parsed.patch)
-    net = VisionTransformerSAM(
-        img_size=img_size, patch_size=parsed.patch, embed_dim=size.dim, depth=size.depth, num_heads=size.heads,
-        num_classes=0, neck_chans=0, global_pool='', use_rel_pos=True, window_size=window_size,
-        global_attn_indexes=[size.depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)], drop_path_rate=drop_path_rate,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6))
-    net.neck = nn.Identity()  # the class would end in a norm
-    net.pos_embed = nn.Parameter(torch.zeros(1, side, side, size.dim))
-    for block in net.blocks:
-        grid = net.patch_embed.grid_size if block.window_size == 0 else (window_size, window_size)
-        block.attn = FoldedAttention(size.dim, size.heads, use_rel_pos=True, input_size=grid)
-    trunc_normal_(net.pos_embed, std=0.02)
-    for module in net.modules():
-        if isinstance(module, nn.Linear):
-            trunc_normal_(module.weight, std=0.02)
-            nn.init.zeros_(module.bias)
-    return net
+
+    def __init__(self, name, img_size, window_size=14, drop_path_rate=0.0):
+        parsed = models.parse_name(name)
+        if parsed.is_mae:
+            raise models.InputError(f'{name!r} names an autoencoder; its encoder alone is called vit_...')
+        size, side = parsed.size, max(1, 224 // parsed.patch)
+        super().__init__(
+            img_size=img_size, patch_size=parsed.patch, embed_dim=size.dim, depth=size.depth, num_heads=size.heads,
+            num_classes=0, neck_chans=0, global_pool='', use_rel_pos=True, window_size=window_size,
+            global_attn_indexes=[size.depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)], block_fn=ImageWiseBlock,
+            drop_path_rate=drop_path_rate, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+        self.neck = nn.Identity()  # otherwise a norm
+        self.pos_embed = nn.Parameter(torch.zeros(1, side, side, size.dim))
+        for block in self.blocks:
+            grid = (window_size, window_size) if block.window_size else self.patch_embed.grid_size
+            block.attn = FoldedAttention(size.dim, size.heads, use_rel_pos=True, input_size=grid)
+        trunc_normal_(self.pos_embed, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x):
+        x = self.patch_embed(x)
+        positions = F.interpolate(self.pos_embed.permute(0, 3, 1, 2), size=x.shape[1:3], mode='bicubic')
+        x = x + positions.permute(0, 2, 3, 1)
+        return (checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)).permute(0, 3, 1, 2)
 
 
 class SimpleFeaturePyramid(nn.Module):
@@ -500,7 +526,7 @@ class AlignedRoIPooler(MultiScaleRoIAlign):
         rois = torch.cat([F.pad(part, (1, 0), value=index) for index, part in enumerate(boxes)])  # (K, 5)
         side = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).clamp(min=1e-6).sqrt()
         # FPN, equation 1: a region of the canonical size is read from the third level
-        levels = (2 + (side / self.canonical).log2() + 1e-8).floor().clamp(0, len(self.strides) - 1)
+        levels = (2 + (side / self.canonical).log2()).floor().clamp(0, len(self.strides) - 1)
         parts = [roi_align(x[name].float(), rois[levels == k], self.output_size, 1 / stride, sampling_ratio=0, aligned=True)
                  for k, (name, stride) in enumerate(zip(self.featmap_names, self.strides))]
         return torch.cat(parts)[levels.argsort(stable=True).argsort()]  # from the order of levels back to that of boxes
@@ -524,7 +550,7 @@ class Detector(MaskRCNN):
         # 7 x 32 is FPN's 224, the side of a region that is read at 1x
         strides = [patch // 4, patch // 2, patch, 2 * patch]
         pooler = partial(AlignedRoIPooler, strides=strides, canonical=7 * args.anchor_size)
-        net = create_backbone(name, args.input_size[0], args.window_size, args.drop_path)
+        net = PlainBackbone(name, args.input_size[0], args.window_size, args.drop_path)
         super().__init__(
             SimpleFeaturePyramid(net, dim, width),
             rpn_anchor_generator=AnchorsAsTheyAre(tuple((args.anchor_size * 2 ** k,) for k in range(5)), ((0.5, 1, 2),) * 5),
@@ -539,10 +565,14 @@ class Detector(MaskRCNN):
             mask_predictor=MaskRCNNPredictor(width, width, num_classes + 1))
         self.transform = KeepScale(0, 0, self.transform.image_mean, self.transform.image_std,
                                    size_divisible=args.input_size[0])
-        heads = self.roi_heads
-        for layer, std in ((heads.box_predictor.cls_score, 0.01), (heads.box_predictor.bbox_pred, 0.001),
-                           (heads.mask_predictor.mask_fcn_logits, 0.001)):  # detectron2's start values
-            nn.init.normal_(layer.weight, std=std)
+        heads, linear = self.roi_heads, self.roi_heads.box_head[-2]  # behind it a ReLU
+        # detectron2's start values
+        nn.init.kaiming_uniform_(linear.weight, a=1)
+        nn.init.normal_(heads.box_predictor.cls_score.weight, std=0.01)
+        for layer in (heads.box_predictor.bbox_pred, heads.mask_predictor.mask_fcn_logits):
+            nn.init.normal_(layer.weight, std=0.001)
+        for layer in (linear, *heads.box_predictor.children(), heads.mask_predictor.conv5_mask,
+                      heads.mask_predictor.mask_fcn_logits):
             nn.init.zeros_(layer.bias)
 
     def look(self, images):
