@@ -159,6 +159,15 @@ $(ROWS)/deit/final.pth: | data
 DET_STARTS := $(foreach name,DEIT DEIT_DISTILLED DEIT_500 DINO IBOT,$(if $($(name)),$(name)))
 det_folder = det_$(shell echo $(1) | tr A-Z a-z)
 TABLE3 := det_finetuned det_g2sd $(foreach name,$(DET_STARTS),$(call det_folder,$(name)))
+ifneq ($(filter reproduce-table3,$(MAKECMDGOALS)),)
+# before anything is trained
+ifeq ($(SCALE),cifar10)
+$(error SCALE=cifar10 has no detection: choose imagenet or toy)
+else ifeq ($(SCALE)-$(wildcard $(COCO_DATA)/annotations),imagenet-)
+$(error set COCO=folder with annotations/, train2017/ and val2017/)
+endif
+$(foreach name,$(DET_STARTS),$(if $(wildcard $($(name))),,$(error $(name)=$($(name)): there is no such file)))
+endif
 reproduce-table3: $(TABLE3:%=$(ROWS)/%/final.pth)  ## the paper's Table 3: train every row, print the table
 	$(PYTHON) tools/results.py $(RUNS)
 
@@ -206,7 +215,6 @@ $(COCO_DATA): | data
 	$(PYTHON) tools/toy_data.py --out $(RUNS)/data --only coco $(TOY_COCO_ARGS)
 else
 coco:
-	@test -d "$(COCO_DATA)/annotations" || { echo 'set COCO=folder with annotations/, train2017/ and val2017/ (SCALE=imagenet)'; exit 1; }
 endif
 
 results:  ## print the tables of what has been run at this SCALE, and draw the curves

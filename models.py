@@ -526,7 +526,7 @@ def load_teacher(model, path, state_dict=None):
     encoder-only MAE is the one failure that users of the authors' code report, and a non-strict load hides it.
     """
     state_dict = dict(load_checkpoint(path) if state_dict is None else state_dict)
-    resized = fit_positions(model, state_dict, path) if 'pos_embed' in state_dict else []
+    resized = fit_positions(model, state_dict, path)
     load_exactly(model, state_dict, path)
     say(f'teacher: {len(state_dict)} entries of {path}' + ''.join(f'; {what}' for what in resized))
     return model.requires_grad_(False).eval()
@@ -657,6 +657,7 @@ class RoundSampler(torch.utils.data.Sampler):
 
     The stream of all rounds is one pass over the data after the other, each in a new order; of every step all processes
     together see the same samples however they are split. Set `epoch` before each round; the last one may be shorter.
+    A resume with another effective batch starts elsewhere in the stream.
     """
 
     def __init__(self, length, args):

@@ -150,9 +150,11 @@ def resolve_recipe(args):
             raise models.InputError(f'--{flag} must not be negative')
     if args.warmup_iterations >= args.iterations and not args.eval:
         raise models.InputError(f'--warmup_iterations {args.warmup_iterations} must be below --iterations {args.iterations}')
-    if args.results_json and not Path(args.results_json).absolute().parent.is_dir():
-        raise models.InputError(f'--results_json {args.results_json}: there is no such folder')
-    if not 0 < args.scale_jitter[0] <= args.scale_jitter[1]:
+    if args.results_json and (Path(args.results_json).is_dir() or not Path(args.results_json).absolute().parent.is_dir()):
+        raise models.InputError(f'--results_json {args.results_json}: give a file in a folder that exists')
+    if not 0 <= args.drop_path < 1:
+        raise models.InputError('--drop_path must be at least 0 and below 1')
+    if not 0 < args.scale_jitter[0] <= args.scale_jitter[1] < math.inf:
         raise models.InputError('--scale_jitter takes two positive factors, the smaller one first')
     for split in ('train', 'val'):
         for what, default in (('annotations', f'annotations/instances_{split}2017.json'), ('images', f'{split}2017')):
@@ -179,8 +181,23 @@ def read_coco(path, image_folder):
     def fail(what):
         raise models.InputError(f'{path}: {what}')
 
-    def number(value, least=-math.inf):
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= least
+    def number(value, least=-1e5, most=1e5):  # beyond, pycocotools' 32-bit corners overflow and end the process
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
+
+    def pixels(counts):
+        """Sum of COCO's compressed run lengths; -1 if they are none."""
+        lengths, value, bits = [], 0, 0
+        for char in counts:
+            code = ord(char) - 48
+            if not 0 <= code < 64 or bits > 30:
+                return -1
+            value, bits = value | (code & 31) << bits, bits + 5
+            if not code & 32:  # last part: sign, then the difference from the run before the last
+                value += (-1 << bits if code & 16 else 0) + (lengths[-2] if len(lengths) > 2 else 0)
+                if value < 0:
+                    return -1
+                lengths, value, bits = [*lengths, value], 0, 0
+        return -1 if bits else sum(lengths)
 
     try:
         content = json.loads(Path(path).read_bytes())
@@ -205,8 +222,8 @@ def read_coco(path, image_folder):
         fail(f'its images should be in {image_folder}, which is no folder')
     present = {file.name for file in os.scandir(image_folder)}  # one listing is faster than a query per file
     for entry in images:
-        if entry['file_name'] not in present and not (Path(image_folder) / entry['file_name']).is_file():
-            fail(f'it names {entry["file_name"]}, which is not in {image_folder}')
+        if entry['file_name'] not in present and not os.path.isfile(Path(image_folder) / entry['file_name']):
+            fail(f'it names {entry["file_name"]!r}, which is not in {image_folder}')
     sizes = {entry['id']: [entry['height'], entry['width']] for entry in images}
     for count, entry in enumerate(annotations, 1):
         name, box, shape = f'annotation {entry.get("id")!r}', entry.get('bbox'), entry.get('segmentation')
@@ -218,7 +235,8 @@ def read_coco(path, image_folder):
             fail(f'{name} has no bbox [x, y, width, height]')
         if isinstance(shape, dict):
             counts = shape.get('counts')
-            if shape.get('size') != sizes[entry['image_id']] or not (isinstance(counts, str) or (
+            if shape.get('size') != sizes[entry['image_id']] or not (
+                    isinstance(counts, str) and pixels(counts) == math.prod(shape['size']) or (
                     isinstance(counts, list) and all(type(run) is int and run >= 0 for run in counts)
                     and sum(counts) == math.prod(shape['size']))):
                 fail(f'{name}: its run lengths are not those of an image of its size')
@@ -232,7 +250,7 @@ def read_coco(path, image_folder):
         objects[entry['image_id']].append({
             'id': count, 'image_id': entry['image_id'], 'category_id': entry['category_id'], 'bbox': box,
             'segmentation': shape, 'iscrowd': int(bool(entry.get('iscrowd'))),
-            'area': entry['area'] if number(entry.get('area'), 0) else box[2] * box[3]})
+            'area': entry['area'] if number(entry.get('area'), 0, math.inf) else box[2] * box[3]})
     return images, objects, sorted(categories, key=lambda entry: entry['id'])
 
 
@@ -310,19 +328,21 @@ class CocoDataset(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.ends)
 
-    def read(self, index):
-        """(entry of `images`, kept annotations, decoded image (3, H, W) uint8)."""
+    def read(self, index, header_only=False):
+        """(entry of `images`, kept annotations, image (3, H, W) uint8, or None if only its header is to be read)."""
         start = self.ends[index - 1] if index else 0
         image, kept = json.loads(self.buffer[start:self.ends[index]].tobytes())
         path = self.folder / image['file_name']
         try:
-            pixels = v2.functional.pil_to_tensor(Image.open(path).convert('RGB'))
+            with Image.open(path) as file:
+                width, height = file.size
+                pixels = None if header_only else v2.functional.pil_to_tensor(file.convert('RGB'))
         except Exception as error:  # decoders raise nearly anything on a damaged file
             raise models.InputError(f'cannot read {path} ({(str(error) or type(error).__name__).splitlines()[0]}): mend '
                                     'the file, or remove it from the annotations') from error
-        if pixels.shape[1:] != (image['height'], image['width']):
-            raise models.InputError(f'{path} is {pixels.shape[1]} high and {pixels.shape[2]} wide, its annotations say '
-                                    f'{image["height"]} and {image["width"]}')
+        if (height, width) != (image['height'], image['width']):
+            raise models.InputError(f'{path} is {height} high and {width} wide, its annotations say {image["height"]} and '
+                                    f'{image["width"]}')
         return image, kept, pixels
 
     def __getitem__(self, key):
@@ -369,7 +389,10 @@ def build_data(args):
     if not any(not entry['iscrowd'] for objects in val[1].values() for entry in objects):
         raise models.InputError(f'{args.val_annotations} has no object to evaluate')
     own_share = [(0, index) for index in range(args.rank, len(val[0]), args.world_size)]
-    val_loader = torch.utils.data.DataLoader(CocoDataset(val, args.val_images, args, False), sampler=own_share, **options)
+    val_data = CocoDataset(val, args.val_images, args, False)
+    for _, index in own_share:  # now, not after hours of training
+        val_data.read(index, header_only=True)
+    val_loader = torch.utils.data.DataLoader(val_data, sampler=own_share, **options)
     if args.eval:
         return None, val_loader, val, classes
     coco = read_coco(args.train_annotations, args.train_images)
@@ -623,7 +646,15 @@ def load_detector(name, path, classes, args):
     if 'rpn.head.cls_logits.weight' not in state:
         raise models.InputError(f'{path} holds no detector: give a checkpoint of specific_distill_det.py')
     models.check_classes(checkpoint.get('classes'), classes, path)
-    return models.load_teacher(Detector(name, len(classes), args), path, state)
+    # anchors and windows change what a network does, and no shape tells
+    for flag in ('input_size', 'window_size', 'fpn_dim', 'head_dim', 'anchor_size'):
+        theirs = (checkpoint.get('args') or {}).get(flag, getattr(args, flag))
+        if theirs != getattr(args, flag):
+            raise models.InputError(f'{path} was trained with --{flag} {theirs}, not with {getattr(args, flag)}')
+    detector = Detector(name, len(classes), args)
+    models.load_exactly(detector, state, path)
+    models.say(f'detector: {len(state)} entries of {path}')
+    return detector.requires_grad_(False).eval()
 
 
 # -------------------------------------------------------------------------------------------------------------- training
@@ -696,10 +727,11 @@ def to_results(detection, image_id, seen_size, size, category_ids):
     """
     from pycocotools import mask as coco_mask
     ratio = torch.tensor([size[1] / seen_size[1], size[0] / seen_size[0]] * 2)
-    boxes, results = detection['boxes'].cpu() * ratio, []
+    detection = {key: value.cpu() for key, value in detection.items()}
+    boxes, results = detection['boxes'] * ratio, []
     for k, (box, label, score) in enumerate(zip(boxes, detection['labels'].tolist(), detection['scores'].tolist())):
         # one at a time: a hundred masks of a large photograph take gigabytes
-        mask = paste_masks_in_image(detection['masks'][k:k + 1].cpu(), box[None], size)[0, 0] >= 0.5
+        mask = paste_masks_in_image(detection['masks'][k:k + 1], box[None], size)[0, 0] >= 0.5
         segmentation = coco_mask.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
         x0, y0, x1, y1 = box.tolist()
         results.append({'image_id': image_id, 'category_id': category_ids[label - 1], 'score': score,
@@ -1002,7 +1034,8 @@ def main(args):
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
     # 6. resume
     extra = {'adapters': adapters} if teacher is not None else {}
-    start_round, seconds = resume_checkpoint(args, detector, optimizer, scaler, classes, fixed=('eval_every',), **extra)
+    start_round, seconds = resume_checkpoint(args, detector, optimizer, scaler, classes, fixed=('eval_every', 'iterations'),
+                                              **extra)
     open_log(args, 'iteration', start_round * args.eval_every)
     # 7. epochs: train, evaluate, save, log
     for epoch in range(start_round, rounds):

@@ -1450,12 +1450,19 @@ ERRORS = {
     'teacher of other classes': (
         lambda i: ('--teacher_path', i.plain, '--data_path', i.folder / 'renamed'), "other classes.*'star' is 'moon'"),
     'teacher that is a classifier': (lambda i: ('--teacher_path', i.folder / 'cls.pth'), r'cls\.pth holds no detector'),
-    'teacher of another pyramid': (lambda i: ('--teacher_path', i.plain, '--fpn_dim', 8), 'not made by this'),
+    'teacher of another pyramid': (lambda i: ('--teacher_path', i.plain, '--fpn_dim', 8), 'trained with --fpn_dim 16'),
+    'teacher of other anchors': (
+        lambda i: ('--teacher_path', i.plain, '--anchor_size', 16), 'trained with --anchor_size 8'),
     'teacher of another name': (
         lambda i: ('--teacher_path', i.plain, '--teacher_model', 'vit_nano_patch8'), 'not made by this architecture'),
+    'teacher of another patch': (
+        lambda i: ('--teacher_path', i.plain, '--teacher_model', 'vit_pico_patch16'), 'patch16 differ in patch size'),
     'teacher absent': (lambda i: ('--teacher_path', i.folder / 'absent.pth'), r'no checkpoint file at .*absent\.pth'),
     'teacher truncated': (lambda i: ('--teacher_path', i.folder / 'broken.pth'), r'broken\.pth is no whole checkpoint'),
-    'size that the pyramid cannot halve': (lambda i: ('--input_size', 100), '--input_size 100.*multiple of 32'),
+    'size that the pyramid cannot halve': (lambda i: ('--input_size', 100), '--input_size 100.*multiple of'),
+    'size of a patch and a half': (lambda i: ('--input_size', 48), '--input_size 48.*multiple of'),
+    'patch that the pyramid cannot enlarge': (
+        lambda i: ('--model', 'vit_pico_patch6', '--input_size', 96), 'patch6.*patch that 4 divides'),
     'two sizes': (lambda i: ('--input_size', 64, 96), '--input_size 64 96'),
     'three sizes': (lambda i: ('--input_size', 64, 64, 64), '--input_size'),
     'no data path': (lambda i: ('--data_path', ''), '--data_path is missing'),
@@ -1476,6 +1483,8 @@ ERRORS = {
     'negative warm-up': (lambda i: ('--warmup_iterations', -1), '--warmup_iterations must not be negative'),
     'negative ramp': (lambda i: ('--distill_warmup', -1), '--distill_warmup must not be negative'),
     'no iterations': (lambda i: ('--iterations', 0), '--iterations must be at least 1'),
+    'resume with more iterations': (lambda i: ('--resume', i.first, '--iterations', 6), '--iterations was 4'),
+    'drop path of everything': (lambda i: ('--drop_path', 1), '--drop_path must be'),
     'rounds of nothing': (lambda i: ('--eval_every', 0), '--eval_every must be at least 1'),
     'windows of nothing': (lambda i: ('--window_size', 0), '--window_size must be at least 1'),
     'jitter of nothing': (lambda i: ('--scale_jitter', 0, 2), '--scale_jitter'),
