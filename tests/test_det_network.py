@@ -222,7 +222,7 @@ def test_level_on_which_the_teacher_sees_nothing_gives_no_nan(low):
 
 
 def test_frs_loss_refuses_another_number_of_levels():
-    """METHOD 4: all five levels teach; a list that is too short is an error, not a smaller loss."""
+    """Detection: all five levels teach; a list that is too short is an error, not a smaller loss."""
     inputs = frs_inputs()
     for k in range(4):
         with pytest.raises(ValueError, match='zip'):
@@ -347,7 +347,7 @@ def test_without_a_teacher_labels_alone_teach():
 
 
 def test_teacher_looks_at_the_student_s_images():
-    """METHOD 4: both see the same images, under the same autocast."""
+    """Detection: both see the same images, under the same autocast."""
     student, teacher, *_ = run_loop([1, 2, 3], amp='bf16')
     assert all(torch.equal(ours[0], theirs[0]) for ours, theirs in zip(student.seen, teacher.seen, strict=True))
     assert student.autocast == teacher.autocast == [True] * 3
@@ -363,7 +363,7 @@ def test_gradient_is_clipped_to_the_given_norm():
 
 
 def test_noise_of_a_step_depends_on_seed_round_and_step_alone():
-    """METHOD 1: what a step draws is a function of (seed, epoch, step, rank), whatever was drawn before."""
+    """Randomness: what a step draws is a function of (seed, epoch, step, rank), whatever was drawn before."""
     torch.manual_seed(1)
     first = run_loop([1, 2, 3], epoch=1)[0].draws
     torch.manual_seed(2)
@@ -418,7 +418,7 @@ def reached_from_the_corner(block, side):
     (12, [2, 5, 8, 11]), (24, [5, 11, 17, 23]), (32, [7, 15, 23, 31]),
     (2, [0, 1]), (4, [0, 1, 2, 3]), (6, [0, 2, 3, 5])])
 def test_four_blocks_attend_globally_where_vitdet_has_them(monkeypatch, depth, expected):
-    """METHOD 4: window attention 14, global blocks 2, 5, 8, 11: the last of each quarter, at any depth."""
+    """Detection: window attention 14, global blocks 2, 5, 8, 11: the last of each quarter, at any depth."""
     monkeypatch.setitem(models.SIZES, 'thin', models.Size(32, depth, 2, 32, 2))
     net = filled(build(det.PlainBackbone, 'vit_thin_patch16', 256)).eval()
     window = torch.zeros(16, 16, dtype=torch.bool)
@@ -430,7 +430,7 @@ def test_four_blocks_attend_globally_where_vitdet_has_them(monkeypatch, depth, e
 
 @pytest.mark.parametrize('window', [7, 3])
 def test_features_are_a_plain_vits(deep, window):
-    """METHOD 4: one window over all and relative positions at zero: timm's plain ViT, no class token, no final norm."""
+    """Detection: one window over all and relative positions at zero: timm's plain ViT, no class token, no final norm."""
     net = filled(build(det.PlainBackbone, deep + '32', 224, window)).double().eval()
     with torch.no_grad():
         for block in net.blocks:
@@ -455,7 +455,7 @@ def test_features_are_a_plain_vits(deep, window):
 @pytest.mark.parametrize('grid, table', [
     ((5, 5), (5, 5)), ((3, 6), (3, 6)), ((7, 2), (7, 2)), ((4, 7), (6, 5)), ((9, 2), (4, 4)), ((2, 3), (5, 2))])
 def test_folded_attention_is_timms(grid, table):
-    """METHOD 4: decomposed relative positions, also from tables of another size; outputs and gradients are timm's."""
+    """Detection: decomposed relative positions, also from tables of another size; outputs and gradients are timm's."""
     ours, theirs = (filled(kind(32, 2, use_rel_pos=True, input_size=table).double(), 1, 0.3)
                     for kind in (det.FoldedAttention, Attention))
     theirs.load_state_dict(ours.state_dict(), strict=True)
@@ -472,7 +472,7 @@ def test_folded_attention_is_timms(grid, table):
 
 @pytest.mark.parametrize('height, width', [(64, 64), (48, 80), (72, 40), (8, 24)])
 def test_backbone_is_timms_at_any_size(deep, height, width):
-    """METHOD 4: timm's VisionTransformerSAM; no square and no multiple of the window: windows are padded inside."""
+    """Detection: timm's VisionTransformerSAM; no square and no multiple of the window: windows are padded inside."""
     net = filled(build(det.PlainBackbone, deep + '8', 64, 3)).double().eval()
     oracle = VisionTransformerSAM(
         img_size=64, patch_size=8, embed_dim=32, depth=12, num_heads=2, num_classes=0, neck_chans=0, global_pool='',
@@ -490,7 +490,7 @@ def test_backbone_is_timms_at_any_size(deep, height, width):
 
 
 def test_backbone_holds_no_class_token_no_final_norm_and_one_epsilon(deep):
-    """METHOD 4: without class token and final norm; LayerNorm eps 1e-6 everywhere, in pyramid and heads too."""
+    """Detection: without class token and final norm; LayerNorm eps 1e-6 everywhere, in pyramid and heads too."""
     net = build(det.PlainBackbone, deep + '16', 64)
     assert {name.split('.')[0] for name in net.state_dict()} == {'pos_embed', 'patch_embed', 'blocks'}
     detector = tiny_detector()
@@ -500,7 +500,7 @@ def test_backbone_holds_no_class_token_no_final_norm_and_one_epsilon(deep):
 
 
 def test_backbone_starts_from_vitdets_values():
-    """METHOD 4: linear layers truncated normal 0.02, zero biases, relative positions zero, positions normal 0.02."""
+    """Detection: linear layers truncated normal 0.02, zero biases, relative positions zero, positions normal 0.02."""
     net = build(det.PlainBackbone, 'vit_micro_patch16', 64)
     linear = [module for module in net.modules() if isinstance(module, nn.Linear)]
     assert len(linear) == 6 * 4
@@ -517,7 +517,7 @@ def test_backbone_starts_from_vitdets_values():
 
 @pytest.mark.parametrize('patch, side', [(16, 14), (8, 28), (32, 7), (14, 16)])
 def test_position_table_is_that_of_224_pixels(patch, side):
-    """METHOD 4: the table stays the pretrained one, whatever the input size, and carries no class row."""
+    """Detection: the table stays the pretrained one, whatever the input size, and carries no class row."""
     with torch.device('meta'):
         net = det.PlainBackbone(f'vit_pico_patch{patch}', 8 * patch)
     assert net.pos_embed.shape == (1, side, side, 32)
@@ -535,7 +535,7 @@ def positions_alone(height, width):
 
 @pytest.mark.parametrize('height, width', [(224, 224), (256, 240), (512, 288)])
 def test_positions_are_resized_in_the_forward_pass_with_gradient(height, width):
-    """METHOD 4: absolute positions are resized from 224 in each forward, and all of the table is trained."""
+    """Detection: absolute positions are resized from 224 in each forward, and all of the table is trained."""
     added, table, net = positions_alone(height, width)
     assert added.shape == (1, 32, height // 16, width // 16)
     if (height, width) == (224, 224):
@@ -549,7 +549,7 @@ def test_positions_are_resized_in_the_forward_pass_with_gradient(height, width):
 
 @pytest.mark.parametrize('height, width', [(1024, 1024), (512, 288)])
 def test_positions_are_resized_as_detectron2_does_it(height, width):
-    """METHOD 4 and README's "bicubic without antialiasing": so does ViTDet; antialiasing is another cubic kernel."""
+    """ViTDet, positions: so does ViTDet; antialiasing is another cubic kernel."""
     added, table, _ = positions_alone(height, width)
     expected = F.interpolate(table, size=(height // 16, width // 16), mode='bicubic', align_corners=False)
     torch.testing.assert_close(added, expected, atol=1e-5, rtol=0)
@@ -670,7 +670,7 @@ def paper_detector(name):
 @pytest.mark.parametrize('name, dim, heads, millions', [
     ('vit_small_patch16', 384, 6, None), ('vit_base_patch16', 768, 12, 111)])
 def test_detector_has_vitdets_parameters(name, dim, heads, millions):
-    """Table 3 and METHOD 4: ViTDet's Mask R-CNN, name by name; the B one has the 111 M that ViTDet reports."""
+    """Table 3: ViTDet's Mask R-CNN, name by name; the B one has the 111 M that ViTDet reports."""
     expected = vitdet_parameters(dim, 12, heads)
     found = {name: tuple(parameter.shape) for name, parameter in paper_detector(name).named_parameters()}
     assert found == expected
@@ -679,7 +679,7 @@ def test_detector_has_vitdets_parameters(name, dim, heads, millions):
 
 
 def test_checkpoint_of_a_detector_holds_parameters_alone():
-    """METHOD 7: `model` in the checkpoint is what is trained, and nothing else."""
+    """Names: `model` in the checkpoint is what is trained, and nothing else."""
     detector = tiny_detector()
     assert list(detector.state_dict()) == [name for name, _ in detector.named_parameters()]
 
@@ -710,7 +710,7 @@ def test_hidden_layers_of_the_heads_start_from_detectron2s_values():
 
 
 def test_pyramid_levels_are_made_from_the_last_map_alone():
-    """METHOD 4: x4, x2, x1, x1/2 and a fifth level by subsampling: each written out with torch's own functions."""
+    """Detection: x4, x2, x1, x1/2 and a fifth level by subsampling: each written out with torch's own functions."""
     pyramid = tiny_detector().backbone
     filled(pyramid, 3, 0.1).eval()
     images = randn(2, 3, 64, 64)
@@ -782,7 +782,7 @@ BOXES = [[101.0, 77.0, 133.5, 119.25], [64.0, 90.0, 204.0, 250.0], [50.5, 40.25,
 
 
 def test_pooled_ramp_gives_the_pixels_of_the_bins():
-    """METHOD 4: pixel-aligned: of a feature that holds its own coordinates in pixels, each bin gives its centre's."""
+    """Detection: pixel-aligned: of a feature that holds its own coordinates in pixels, each bin gives its centre's."""
     def ramp(k, stride, side):
         centres = (torch.arange(side) + 0.5) * stride
         return torch.stack([centres.expand(side, side), centres[:, None].expand(side, side)])[None]
@@ -796,7 +796,7 @@ def test_pooled_ramp_gives_the_pixels_of_the_bins():
 
 
 def test_pooling_is_torchvisions_aligned_roi_align_of_the_right_image():
-    """METHOD 4: roi_align(aligned=True), sampling ratio 0, on level and image of each region, in the order given."""
+    """Detection: roi_align(aligned=True), sampling ratio 0, on level and image of each region, in the order given."""
     def noise(k, stride, side):
         return randn(3, 5, side, side, seed=k)
 
@@ -833,7 +833,7 @@ def confident(detector):
 
 
 def test_small_images_first_change_nothing_later():
-    """METHOD 4: scales are given; torchvision would infer them from the first batch's unpadded sizes and keep them."""
+    """Detection: scales are given; torchvision would infer them from the first batch's unpadded sizes and keep them."""
     used = confident(tiny_detector()).eval()
     fresh = copy.deepcopy(used)
     with torch.no_grad():
@@ -861,7 +861,7 @@ def plain_anchors(grid, stride, size):
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_anchors_are_exact(dtype):
-    """METHOD 4: one size per level from --anchor_size, three shapes, not rounded, and float32 under autocast."""
+    """Detection: one size per level from --anchor_size, three shapes, not rounded, and float32 under autocast."""
     detector = tiny_detector()
     anchors = kept_outputs(detector.rpn.anchor_generator)
     with torch.autocast('cpu', dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -874,7 +874,7 @@ def test_anchors_are_exact(dtype):
 
 
 def test_anchors_of_the_paper_s_input():
-    """METHOD 4: 32 to 512 pixels at 1024, where half precision would be off by 4 pixels."""
+    """Detection: 32 to 512 pixels at 1024, where half precision would be off by 4 pixels."""
     generator = paper_detector('vit_small_patch16').rpn.anchor_generator
     generator.cell_anchors = [generator.generate_anchors(*pair, device='cpu') for pair in zip(
         generator.sizes, generator.aspect_ratios)]
@@ -888,7 +888,7 @@ def test_anchors_of_the_paper_s_input():
 
 
 def test_strides_are_exact_for_every_patch_that_is_accepted():
-    """METHOD 4: anchors and pooling know each level's true stride: of patch 14, 14/4 pixels are 3.5; else refuse it."""
+    """Detection: anchors and pooling know each level's true stride: of patch 14, 14/4 pixels are 3.5; else refuse it."""
     args = det_args('--model', 'vit_pico_patch14', '--input_size', '112', '--data_path', 'nowhere')
     try:
         det.resolve_recipe(args)
@@ -907,7 +907,7 @@ def test_strides_are_exact_for_every_patch_that_is_accepted():
 
 
 def test_boxes_stay_float32_under_autocast():
-    """METHOD 4: outputs of RPN head and box predictor are float32, and so are proposals, losses and detections."""
+    """Detection: outputs of RPN head and box predictor are float32, and so are proposals, losses and detections."""
     detector = confident(tiny_detector())
     seen = {name: kept_outputs(module) for name, module in (
         ('box head', detector.roi_heads.box_head), ('rpn', detector.rpn), ('rpn head', detector.rpn.head),
@@ -946,7 +946,7 @@ def test_a_step_under_autocast_is_finite():
 
 @pytest.mark.parametrize('training', [True, False])
 def test_network_sees_the_images_at_their_own_scale(training):
-    """METHOD 4: normalised, unscaled, top left in SxS, zeros elsewhere, in training and in test; boxes unmoved."""
+    """Detection: normalised, unscaled, top left in SxS, zeros elsewhere, in training and in test; boxes unmoved."""
     detector, seen, regions = tiny_detector().train(training), [], []
     detector.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     detector.rpn.register_forward_pre_hook(lambda module, inputs: regions.append(inputs))
@@ -971,7 +971,7 @@ def test_network_sees_the_images_at_their_own_scale(training):
 
 
 def test_small_batch_is_padded_to_the_full_input_too():
-    """METHOD 4: S x S in every step, also where every image of the batch is small: the positions stay those of S."""
+    """Detection: S x S in every step, also where every image of the batch is small: the positions stay those of S."""
     detector, seen = tiny_detector().eval(), []
     detector.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
     detector(image_list((5, 9)))
@@ -1069,7 +1069,7 @@ def group_of(optimizer, model):
 
 
 def test_layer_decay_and_weight_decay_of_each_parameter():
-    """METHOD 4: 0.7^(12 - i) per block, 0.7^13 for the stem, 1 behind it; no decay on 1-D parameters and positions."""
+    """Detection: 0.7^(12 - i) per block, 0.7^13 for the stem, 1 behind it; no decay on 1-D parameters and positions."""
     with torch.device('meta'):
         adapters = nn.ModuleList(nn.Conv2d(256, 256, 3) for _ in range(5))
     student = det.Student(paper_detector('vit_small_patch16'), adapters)
@@ -1132,7 +1132,7 @@ def rate(t, total, warmup, lr):
 
 @pytest.mark.parametrize('total, warmup, eval_every, accum', [(27, 4, 27, 1), (40, 9, 15, 2), (20, 0, 7, 1)])
 def test_learning_rate_of_every_iteration(monkeypatch, tmp_path, total, warmup, eval_every, accum):
-    """METHOD 4: warm-up from 0.001, lr x 0.1 at 8/9 and 26/27 of the iterations, times each layer's scale."""
+    """Detection: warm-up from 0.001, lr x 0.1 at 8/9 and 26/27 of the iterations, times each layer's scale."""
     rates = []
 
     def forward(self, images, targets):
@@ -1194,7 +1194,7 @@ def saved_teacher(folder, seed=1):
 
 
 def test_adapters_are_the_student_s_and_stay_out_of_the_detector(monkeypatch, tmp_path):
-    """METHOD 4: phi exists in training only: `model` in the checkpoint is a plain detector, phi lies beside it."""
+    """Detection: phi exists in training only: `model` in the checkpoint is a plain detector, phi lies beside it."""
     caught = main_with(monkeypatch, tmp_path, '--teacher_path', str(saved_teacher(tmp_path)), '--iterations', '2',
                        '--warmup_iterations', '1', '--eval_every', '1')
     caught['run']()
@@ -1213,7 +1213,7 @@ def test_adapters_are_the_student_s_and_stay_out_of_the_detector(monkeypatch, tm
 
 
 def test_evaluation_does_without_the_adapters():
-    """METHOD 4: phi exists in training only: a detector in eval mode never runs it."""
+    """Detection: phi exists in training only: a detector in eval mode never runs it."""
     def refuse(module, inputs):
         raise AssertionError('an adapter was called')
 
@@ -1260,7 +1260,7 @@ def test_every_parameter_gets_a_gradient(kind, with_teacher):
 
 
 def test_teacher_stays_frozen_and_in_eval_mode_through_a_round(tmp_path):
-    """METHOD 4: the teacher runs in eval mode, without gradients, and does not change while the student trains."""
+    """Detection: the teacher runs in eval mode, without gradients, and does not change while the student trains."""
     path = saved_teacher(tmp_path)
     teacher = det.load_detector('vit_pico_patch8', path, CLASSES, det_args('--drop_path', '0.5'))
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
@@ -1279,7 +1279,7 @@ def test_teacher_stays_frozen_and_in_eval_mode_through_a_round(tmp_path):
 
 
 def test_teacher_s_look_is_backbone_and_rpn_head_alone(monkeypatch):
-    """METHOD 4: of the teacher only backbone and RPN head run: neither proposals nor RoI heads."""
+    """Detection: of the teacher only backbone and RPN head run: neither proposals nor RoI heads."""
     teacher = filled(tiny_detector(), 3, 0.05).eval()
     features, heads = kept_outputs(teacher.backbone), kept_outputs(teacher.rpn.head)
     with torch.no_grad():
