@@ -270,7 +270,10 @@ def decode_mask(segmentation, height, width, top=0, left=0, crop_height=None, cr
 
 
 def masks_to_boxes(masks):
-    """Masks (K, H, W), none of them empty -> boxes (K, 4) float, xyxy in pixels; the last pixel lies inside the box."""
+    """Masks (K, H, W), none of them empty -> boxes (K, 4) float, xyxy in pixels; the last pixel lies inside the box.
+
+    torchvision.ops.masks_to_boxes leaves the last pixel out, and is much slower.
+    """
     boxes = []
     for axis in (1, 2):  # columns give x, rows give y
         hit = masks.amax(axis)  # (K, W), then (K, H)
@@ -414,7 +417,7 @@ def build_data(args):
 
 
 class FoldedAttention(Attention):
-    """timm's attention with decomposed relative positions, without its (L, L) bias: same numbers, a fraction of the cost.
+    """timm's attention with decomposed relative positions, without its (L, L) bias: the same numbers.
 
     q.k/sqrt(d) + q.R_h[row of k] + q.R_w[column of k] is one inner product of longer vectors: q' = [q, q.R_h*sqrt(d),
     q.R_w*sqrt(d)] and k' = [k, one-hot row, one-hot column]. So the fused kernels apply.

@@ -23,6 +23,7 @@ import pytest
 import torch
 import toy_data
 from PIL import Image, ImageDraw
+from conftest import CLOCK, assert_same_bits, checkpoint_of, contents, environment, leaves, log_of, without_clock
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -38,7 +39,6 @@ TINY = ('--model', 'vit_pico_patch8', '--teacher_model', 'vit_pico_patch8', '--i
         '--batch_size', '2', '--iterations', '4', '--eval_every', '2', '--warmup_iterations', '1', '--lr', '1e-3',
         '--num_workers', '0', '--device', 'cpu')
 SCORES = [f'test_{kind}_{name}' for kind in ('bbox', 'mask') for name in ('AP', 'AP50', 'AP75')]
-CLOCK = ('train_seconds', 'train_images_per_second')
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers
@@ -62,44 +62,6 @@ def run_as_script(monkeypatch, out, *flags):
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(det.__file__, run_name='__main__')
     return stop.value.code
-
-
-def environment():
-    return {**os.environ, 'OMP_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'passive'}
-
-
-def log_of(out):
-    return [json.loads(line) for line in (out / 'log.txt').read_text().splitlines()]
-
-
-def without_clock(lines):
-    return [{key: value for key, value in line.items() if key not in CLOCK} for line in lines]
-
-
-def checkpoint_of(out, name='checkpoint.pth'):
-    return torch.load(out / name, weights_only=True)
-
-
-def contents(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
-
-
-def leaves(value, name=''):
-    """(name, tensor or plain value) of everything in nested dicts, lists and tuples."""
-    if isinstance(value, (dict, list, tuple)):
-        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from leaves(inner, f'{name}/{key}')
-    else:
-        yield name, value
-
-
-def assert_same_bits(left, right, parts=('model', 'optimizer', 'scaler', 'epoch', 'classes')):
-    for part in parts:
-        ours, theirs = dict(leaves(left[part])), dict(leaves(right[part]))
-        assert list(ours) == list(theirs) and (ours or part == 'scaler')
-        for name, value in ours.items():
-            same = torch.equal(value, theirs[name]) if isinstance(value, torch.Tensor) else value == theirs[name]
-            assert same, f'{part}{name} differs'
 
 
 def in_child(function, *given, timeout=60):

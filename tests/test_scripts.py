@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from conftest import assert_same_bits, checkpoint_of, contents, environment, leaves, log_of, without_clock
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 
@@ -32,7 +33,6 @@ TINY = ('--input_size', '16', '--batch_size', '8', '--accum_iter', '1', '--epoch
 MODEL = {GENERIC: ('--model', 'mae_vit_pico_patch8', '--teacher_model', 'mae_vit_pico_patch8', '--target_layer', '2'),
          CLS: ('--model', 'vit_pico_patch8', '--teacher_model', 'vit_pico_patch8')}
 BOTH = pytest.mark.parametrize('script', [GENERIC, CLS], ids=['stage 1', 'classification'])
-CLOCK = ('train_seconds', 'train_images_per_second')
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers
@@ -62,50 +62,11 @@ def run(script, out, *flags):
     return script.main(parse(script, out, *flags))
 
 
-def environment():
-    return {**os.environ, 'OMP_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'passive'}
-
-
 def start(script, out, *flags):
     """The script in a process of its own, from another folder than the repository's."""
     out.parent.mkdir(parents=True, exist_ok=True)
     return subprocess.Popen([sys.executable, script.__file__, *command(script, out, *flags)], cwd=out.parent,
                             env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
-
-
-def log_of(out):
-    return [json.loads(line) for line in (out / 'log.txt').read_text().splitlines()]
-
-
-def without_clock(lines):
-    return [{key: value for key, value in line.items() if key not in CLOCK} for line in lines]
-
-
-def checkpoint_of(out, name='checkpoint.pth'):
-    return torch.load(out / name, weights_only=True)
-
-
-def contents(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
-
-
-def leaves(value, name=''):
-    """(name, tensor or plain value) of everything in nested dicts, lists and tuples."""
-    if isinstance(value, (dict, list, tuple)):
-        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from leaves(inner, f'{name}/{key}')
-    else:
-        yield name, value
-
-
-def assert_same_bits(left, right):
-    """Two runs ended with the same model, optimizer and scaler, bit by bit."""
-    for part in ('model', 'optimizer', 'scaler', 'epoch', 'classes'):
-        ours, theirs = dict(leaves(left[part])), dict(leaves(right[part]))
-        assert list(ours) == list(theirs)
-        for name, value in ours.items():
-            same = torch.equal(value, theirs[name]) if isinstance(value, torch.Tensor) else value == theirs[name]
-            assert same, f'{part}{name} differs'
 
 
 def largest_difference(left, right):
