@@ -444,8 +444,9 @@ def flat_state_dict(checkpoint, path):
         # a file of a few kB can claim a tensor of any size by expanding one number
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise InputError(f'{path}: entry {key!r} claims {value.numel()} numbers that the file does not hold')
-    # DINO's and iBOT's wrapper; a detector of ours has a backbone among other parts, and keeps the name
-    prefix = r'^(module\.)?(backbone\.)?' if not any(re.match(r'(module\.)?rpn\.', key) for key in state) else r'^module\.'
+    # DINO's and iBOT's wrapper; a network for detection or segmentation has a backbone among other parts, and keeps the name
+    whole = any(re.match(r'(module\.)?(rpn|decode_head)\.', key) for key in state)
+    prefix = r'^module\.' if whole else r'^(module\.)?(backbone\.)?'
     state = {re.sub(prefix, '', key): value for key, value in state.items()}
     if any('patch_embeddings.projection' in key for key in state):
         state = from_hugging_face(state)
@@ -551,15 +552,20 @@ class Loaded(NamedTuple):
 def load_pretrained(model, path):
     """Starts a stage-2 network from any encoder checkpoint: stage 1's student, MAE, DeiT, DINO, iBOT, timm, Hugging Face.
 
-    Heads, the distillation token, `fc_norm` and relative positions may be new; decoders, heads, DINO's extras and what a
-    backbone without class token and norm has no place for may be left out; anything else that is missing, unexpected or
-    of another shape raises InputError. Prints and returns `Loaded`.
+    Heads, the distillation token, `fc_norm`, relative positions and LayerScale may be new; decoders, heads, DINO's extras
+    and what a backbone without class token, norm or bias of the keys has no place for may be left out; anything else that
+    is missing, unexpected or of another shape raises InputError. Prints and returns `Loaded`.
     """
     state = load_checkpoint(path)
     resized = fit_positions(model, state, path)
     own = model.state_dict()
+    # timm's Beit keeps the parts of this bias by themselves, and none for the keys: a number that softmax removes
+    for key in [k for k in state if k not in own and k.replace('qkv.bias', 'q_bias') in own and state[k].ndim == 1]:
+        for part, bias in zip('qkv', state.pop(key).chunk(3)):
+            state[key.replace('qkv.bias', f'{part}_bias')] = bias
     # the final norm gives way to fc_norm under global pooling, as in MAE's fine-tuning; a head is trained anew
-    expected = r'^(decoder_|mask_token|masked_embed|feature_head\.|head\.|head_dist\.|dist_token|fc_norm\.|norm\.|cls_token)'
+    expected = r'^(decoder_|mask_token|masked_embed|feature_head\.|head\.|head_dist\.|dist_token|fc_norm\.|norm\.|' \
+               r'cls_token|blocks\.\d+\.attn\.k_bias$)'
     new = [k for k in own if k not in state or re.match(r'^head(_dist)?\.', k)]
     left_out = [k for k in state if k not in own or k in new]
     for k in (k for k in own if k in state and k not in new and state[k].shape != own[k].shape):
@@ -567,7 +573,7 @@ def load_pretrained(model, path):
                          f'{tuple(own[k].shape)} in the model; give the right --model')
     if 'norm.weight' in new and 'fc_norm.weight' in state:
         raise InputError(f'{path} was trained with global pooling and has no norm for a class token: give --global_pool')
-    by_design = r'^(head\.|head_dist\.|dist_token|fc_norm\.|blocks\.\d+\.attn\.rel_pos_[hw]$)'
+    by_design = r'^(head\.|head_dist\.|dist_token|fc_norm\.|blocks\.\d+\.(gamma_[12]|attn\.rel(ative)?_pos\w*)$)'
     for what, names, pattern in (('lacks', new, by_design),
                                  ('has, without a place in the model,', left_out, expected)):
         wrong = [k for k in names if not re.match(pattern, k)]
