@@ -584,7 +584,7 @@ def load_pretrained(model, path):
     model.load_state_dict({k: state[k] for k in used}, strict=False)
     summary = [f'{len(used)} used: {", ".join(sorted({k.split(".")[0] for k in used}))}'] + resized
     for what, names in (('new', new), ('left out', left_out)):
-        groups = sorted({re.sub(r'^blocks\.\d+\..*\.|\..*', '', k) for k in names})
+        groups = sorted({re.sub(r'^blocks\.\d+\.(.*\.)?|\..*', '', k) for k in names})
         summary += [f'{what}: {", ".join(groups)}'] if groups else []
     say(f'start weights: {path}: {"; ".join(summary)}')
     return Loaded(used, resized, new, left_out)
