@@ -3,6 +3,7 @@
 #   make reproduce-table2 SCALE=cifar10 CIFAR10=/data/cifar10        one GPU; a reduced form on a CPU
 #   make reproduce-table2 SCALE=toy                                  drawn images, minutes on a CPU (make demo)
 #   make reproduce-table3 SCALE=imagenet IMAGENET=... COCO=/data/coco  detection; every row whose start weights are given
+#   make reproduce-ade20k SCALE=imagenet IMAGENET=... ADE20K=/data/ADEChallengeData2016  semantic segmentation
 #   make -n reproduce-table2 ...                                     shows every command
 
 SCALE ?= imagenet
@@ -11,6 +12,7 @@ OUT ?= runs
 IMAGENET ?=
 CIFAR10 ?=
 COCO ?=
+ADE20K ?=
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 DEVICE ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
 # spinning OpenMP threads slow two processes on two cores twentyfold
@@ -25,6 +27,7 @@ ROWS := $(RUNS)/seed$(SEED)
 TEACHER_MAE ?= $(RUNS)/teacher_mae/final.pth
 TEACHER_CLS ?= $(RUNS)/teacher_cls/final.pth
 TEACHER_DET ?= $(RUNS)/teacher_det/final.pth
+TEACHER_SEG ?= $(RUNS)/teacher_seg/final.pth
 GENERIC ?= $(ROWS)/generic/final.pth
 # start weights of Table 3's other rows, files: DeiT-S and DeiT-S with distillation (300 epochs), DeiT-S (500), DINO-S, iBOT-S
 DEIT ?=
@@ -44,6 +47,9 @@ TEACHER_CLS_ARGS := --epochs 100 --blr 5e-4 --layer_decay 0.65 --drop_path 0.1
 COCO_DATA := $(COCO)
 # ViTDet-B's recipe
 TEACHER_DET_ARGS := --weight_decay 0.1
+ADE_DATA := $(ADE20K)
+# for ViT-B, 16 images
+TEACHER_SEG_ARGS := --lr 1e-4 --layer_decay 0.65 --batch_size 2
 else ifeq ($(SCALE),cifar10)
 NPROC ?= 1
 COMMON := --device $(DEVICE) --input_size 32 --num_workers 8
@@ -86,7 +92,8 @@ GENERIC_ARGS := --epochs 20
 FINETUNE_ARGS := --epochs 20
 SCRATCH_ARGS := --epochs 40
 COCO_DATA := $(RUNS)/data/coco
-TOY_COCO_ARGS := --scenes 256 --val_scenes 64
+ADE_DATA := $(RUNS)/data/ade
+TOY_SCENES := --scenes 256 --val_scenes 64
 # a few minutes; AP goes on rising for thousands of iterations
 DET_ITERATIONS ?= 500
 TEACHER_DET_ITERATIONS ?= 800
@@ -94,14 +101,15 @@ DET_ARGS := --device $(DEVICE) --num_workers 0 --input_size 64 --window_size 4 -
 	--proposals 50 --roi_batch 32 --drop_path 0 --scale_jitter 0.7 1.4 --batch_size 4 --lr 2e-3 --warmup_iterations 50 \
 	--distill_warmup 100 --iterations $(DET_ITERATIONS) --eval_every 250
 TEACHER_DET_ARGS := --iterations $(TEACHER_DET_ITERATIONS)
+SEG_ITERATIONS ?= 400
+SEG_ARGS := --device $(DEVICE) --num_workers 0 --input_size 64 --batch_size 4 --lr 2e-3 --drop_path 0 \
+	--warmup_iterations 20 --iterations $(SEG_ITERATIONS) --eval_every 200
 else
 $(error SCALE=$(SCALE): choose imagenet, cifar10 or toy)
 endif
 strip_decoder = $(firstword $(subst _dec, ,$(patsubst mae_%,%,$(1))))
 CLS_TEACHER := $(call strip_decoder,$(MAE_TEACHER))
 CLS_STUDENT := $(call strip_decoder,$(MAE_STUDENT))
-DET_TEACHER := $(CLS_TEACHER)
-DET_STUDENT := $(CLS_STUDENT)
 
 RUN = $(PYTHON) -m torch.distributed.run --standalone --nproc_per_node=$(NPROC)
 STAGE1 = $(RUN) generic_distill.py --data_path $(DATA) --output_dir $(@D) --resume auto --seed $(SEED) \
@@ -110,16 +118,18 @@ STAGE2 = $(RUN) specific_distill_cls.py --data_path $(DATA) --output_dir $(@D) -
 	$(COMMON) $(STAGE2_ARGS)
 DET = $(RUN) specific_distill_det.py --data_path $(COCO_DATA) --output_dir $(@D) --resume auto --seed $(SEED) \
 	$(DET_ARGS)
+SEG = $(RUN) specific_distill_seg.py --data_path $(ADE_DATA) --output_dir $(@D) --resume auto --seed $(SEED) \
+	$(SEG_ARGS)
 # final.pth appears when all epochs are done; checkpoint.pth of an interrupted run is what --resume auto goes on from
 FINISH = ln -f $(@D)/checkpoint.pth $@ && touch $@
 
-.PHONY: help demo test lint diff results clean reproduce-table2 reproduce-table3 data coco
+.PHONY: help demo test lint diff results clean reproduce-table2 reproduce-table3 reproduce-ade20k data coco ade
 .DELETE_ON_ERROR:
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 20
-	@echo 'variables:          SCALE=imagenet|cifar10|toy SEED=0 NPROC=8 IMAGENET= CIFAR10= COCO= OUT=runs,'
-	@echo '                    your own checkpoints: TEACHER_MAE= TEACHER_CLS= TEACHER_DET= GENERIC= DEIT= DINO= ... (see Makefile)'
+	@echo 'variables:          SCALE=imagenet|cifar10|toy SEED=0 NPROC=8 IMAGENET= CIFAR10= COCO= ADE20K= OUT=runs,'
+	@echo '                    your own checkpoints: TEACHER_MAE= TEACHER_CLS= TEACHER_DET= TEACHER_SEG= GENERIC= DEIT= ... (see Makefile)'
 
 # ---- Table 2: G2SD against DeiT with distillation and DeiT, at equal total epochs
 TABLE2 := finetuned g2sd deit_distilled deit
@@ -172,23 +182,47 @@ reproduce-table3: $(TABLE3:%=$(ROWS)/%/final.pth)  ## the paper's Table 3: train
 	$(PYTHON) tools/results.py $(RUNS)
 
 $(RUNS)/teacher_det/final.pth: $(TEACHER_MAE) | coco
-	$(DET) --seed 0 --model $(DET_TEACHER) --finetune $(TEACHER_MAE) $(TEACHER_DET_ARGS)
+	$(DET) --seed 0 --model $(CLS_TEACHER) --finetune $(TEACHER_MAE) $(TEACHER_DET_ARGS)
 	$(FINISH)
 
 $(ROWS)/det_finetuned/final.pth: $(GENERIC) | coco
-	$(DET) --model $(DET_STUDENT) --finetune $(GENERIC)
+	$(DET) --model $(CLS_STUDENT) --finetune $(GENERIC)
 	$(FINISH)
 
 $(ROWS)/det_g2sd/final.pth: $(GENERIC) $(TEACHER_DET) | coco
-	$(DET) --model $(DET_STUDENT) --finetune $(GENERIC) --teacher_model $(DET_TEACHER) --teacher_path $(TEACHER_DET)
+	$(DET) --model $(CLS_STUDENT) --finetune $(GENERIC) --teacher_model $(CLS_TEACHER) --teacher_path $(TEACHER_DET)
 	$(FINISH)
 
 define det_start
 $(ROWS)/$(call det_folder,$(1))/final.pth: $($(1)) | coco
-	$$(DET) --model $(DET_STUDENT) --finetune $($(1))
+	$$(DET) --model $(CLS_STUDENT) --finetune $($(1))
 	$$(FINISH)
 endef
 $(foreach name,$(DET_STARTS),$(eval $(call det_start,$(name))))
+
+# ---- semantic segmentation on ADE20K
+SEG_ROWS := seg_finetuned seg_g2sd
+ifneq ($(filter reproduce-ade20k,$(MAKECMDGOALS)),)
+ifeq ($(SCALE),cifar10)
+$(error SCALE=cifar10 has no segmentation: choose imagenet or toy)
+else ifeq ($(SCALE)-$(wildcard $(ADE_DATA)/annotations),imagenet-)
+$(error set ADE20K=folder with images/ and annotations/, each with training/ and validation/)
+endif
+endif
+reproduce-ade20k: $(SEG_ROWS:%=$(ROWS)/%/final.pth)  ## semantic segmentation: train every row, print the table
+	$(PYTHON) tools/results.py $(RUNS)
+
+$(RUNS)/teacher_seg/final.pth: $(TEACHER_MAE) | ade
+	$(SEG) --seed 0 --model $(CLS_TEACHER) --finetune $(TEACHER_MAE) $(TEACHER_SEG_ARGS)
+	$(FINISH)
+
+$(ROWS)/seg_finetuned/final.pth: $(GENERIC) | ade
+	$(SEG) --model $(CLS_STUDENT) --finetune $(GENERIC)
+	$(FINISH)
+
+$(ROWS)/seg_g2sd/final.pth: $(GENERIC) $(TEACHER_SEG) | ade
+	$(SEG) --model $(CLS_STUDENT) --finetune $(GENERIC) --teacher_model $(CLS_TEACHER) --teacher_path $(TEACHER_SEG)
+	$(FINISH)
 
 # ---- data: checked for the real sets, drawn for the toy, thinned out for a CPU
 ifeq ($(SCALE),toy)
@@ -210,11 +244,11 @@ data:
 endif
 
 ifeq ($(SCALE),toy)
-coco: $(COCO_DATA)
-$(COCO_DATA): | data
-	$(PYTHON) tools/toy_data.py --out $(RUNS)/data --only coco $(TOY_COCO_ARGS)
+coco ade: $(ADE_DATA)
+$(ADE_DATA): | data
+	$(PYTHON) tools/toy_data.py --out $(RUNS)/data --only coco ade $(TOY_SCENES)
 else
-coco:
+coco ade:
 endif
 
 results:  ## print the tables of what has been run at this SCALE, and draw the curves
@@ -244,6 +278,7 @@ lint: .venv/installed  ## mistakes only: unused names, shadowing, common bugs
 diff:  ## what the stages do differently
 	-diff generic_distill.py specific_distill_cls.py
 	-diff specific_distill_cls.py specific_distill_det.py
+	-diff specific_distill_det.py specific_distill_seg.py
 
 clean:  ## remove caches; never runs
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -2,7 +2,7 @@
 
 Reads:  Table 2: FOLDER/teacher_mae, teacher_cls (one teacher for all seeds), seed<N>/{generic, finetuned, g2sd,
         deit_distilled, deit}. Table 3: FOLDER/teacher_det, seed<N>/{det_deit, det_deit_distilled, det_deit_500, det_dino,
-        det_ibot, det_scratch, det_finetuned, det_g2sd}.
+        det_ibot, det_scratch, det_finetuned, det_g2sd}. ADE20K: FOLDER/teacher_seg, seed<N>/{seg_finetuned, seg_g2sd}.
         Each is the --output_dir of a script, of which log.txt and args.json count; any may be missing
 Writes: FOLDER/results.md (also printed) and FOLDER/curves.png, both anew from the logs each time
 Run:    python tools/results.py runs/cifar10
@@ -56,6 +56,12 @@ TABLE_3 = (
     Row('G2SD-S w/o S.D', ('det_finetuned',), False, None, 82.0, '#ef8f00', 49.9, 44.5),
     Row('G2SD-S', ('det_g2sd',), False, None, 82.5, '#c62828', 50.6, 44.8),
 )
+TABLE_ADE = (  # the paper has no table of it
+    Row('teacher: UPerNet on ViT-B from MAE', ('teacher_seg',), True, None, None, '#555555'),
+    Row('G2SD-S w/o S.D', ('seg_finetuned',), False, None, None, '#ef8f00'),
+    Row('G2SD-S', ('seg_g2sd',), False, None, None, '#c62828'),
+)
+TABLES = TABLE_2 + TABLE_3 + TABLE_ADE
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -246,6 +252,31 @@ def table_3(rows):
     return '\n'.join([*lines, '', NOTE_3.format(unit=unit)] + (['', *sources] if sources else [])) + '\n'
 
 
+NOTE_ADE = """Ours: in percent, after the last round of finished runs, never of the best round; mean ± sample standard deviation
+over n seeds. Part of the teacher: its mIoU is 100 %. Time: {unit} of segmentation training alone, without evaluation;
+earlier stages and pre-training do not count, nor does the teacher, which has a row of its own. The paper has no table of
+this task; its abstract gives G2SD-S 99.3 % of the teacher's performance."""
+
+
+def table_ade(rows):
+    """Markdown of our runs in semantic segmentation, and what its numbers rest on. rows: {Row: what `read_row` gave}."""
+    split = {row: split_seeds(seeds) for row, seeds in rows.items()}
+    times, unit = training_times(split)
+    lines = ['### ADE20K: semantic segmentation, our runs', '',
+             '| method | mIoU | part of the teacher | mean accuracy | pixel accuracy | our iterations | '
+             f'time (ours, {unit}) |', '|---|---|---|---|---|---|---|']
+    teacher = next((run.last('test_mIoU') for row in rows if row.shared for (run,) in split[row][0]), None)
+    for row, (counted, running) in split.items():
+        values, accuracy, pixels = ([run.last(f'test_{key}') for (run,) in counted] for key in ('mIoU', 'mAcc', 'aAcc'))
+        part = f'{100 * statistics.mean(values) / teacher:.1f} %' if values and teacher and not row.shared else ''
+        iterations = sorted({run.total for (run,) in rows[row]})
+        lines.append(f'| {row.method} | ' + ' | '.join([
+            '; '.join(filter(None, [spread(values), *running])), part, spread(accuracy), spread(pixels),
+            ' / '.join(map(str, iterations)), spread(times[row])]) + ' |')
+    sources = name_sources(split, 'mIoU')
+    return '\n'.join([*lines, '', NOTE_ADE.format(unit=unit)] + (['', *sources] if sources else [])) + '\n'
+
+
 # ------------------------------------------------------------------------------------------------------------ the curves
 
 
@@ -317,9 +348,9 @@ def draw_curves(rows):
     """Picture: for each table that has runs two panels side by side, and their legend; a colour per row.
 
     Table 2: test top-1 against all epochs of the student, and the first stage's training loss. Table 3: AP of boxes and of
-    masks against iterations. rows: {Row: what `read_row` gave}, of both tables.
+    masks against iterations; ADE20K: mIoU and pixel accuracy. rows: {Row: what `read_row` gave}, of all tables.
     """
-    cls, det = ({row: rows[row] for row in table if rows.get(row)} for table in (TABLE_2, TABLE_3))
+    cls, det, seg = ({row: rows[row] for row in table if rows.get(row)} for table in (TABLE_2, TABLE_3, TABLE_ADE))
     generic = {G2SD: [stages[:1] for stages in cls.get(G2SD, [])]}
     strips = []  # of two panels: (left, right, title, xlabel, curves)
     if cls:
@@ -328,6 +359,9 @@ def draw_curves(rows):
     if det:
         strips.append([(0, 560, 'Box AP, percent', 'iterations', curves_of(det, 'test_bbox_AP')),
                        (600, 1160, 'Mask AP, percent', 'iterations', curves_of(det, 'test_mask_AP'))])
+    if seg:
+        strips.append([(0, 560, 'mIoU, percent', 'iterations', curves_of(seg, 'test_mIoU')),
+                       (600, 1160, 'Pixel accuracy, percent', 'iterations', curves_of(seg, 'test_aAcc'))])
     k = 2  # drawn twice as large, then reduced: smooth lines
     font = ImageFont.load_default(15 * k)
     heights = [430 + 26 * len(panels[0][-1]) for panels in strips]
@@ -349,24 +383,25 @@ def draw_curves(rows):
 def get_args_parser():
     parser = argparse.ArgumentParser(description='logs of a folder of runs -> results.md and curves.png', allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('folder', type=Path, help='folder with teacher_mae, teacher_cls, teacher_det and seed<N>/')
+    parser.add_argument('folder', type=Path, help='folder with teacher_mae, teacher_cls, teacher_det, teacher_seg and seed<N>/')
     return parser
 
 
 def main(args):
     if not args.folder.is_dir():
         raise models.InputError(f'there is no folder {args.folder}')
-    cls, det = ({row: read_row(args.folder, row) for row in table} for table in (TABLE_2, TABLE_3))
+    cls, det, seg = ({row: read_row(args.folder, row) for row in table} for table in (TABLE_2, TABLE_3, TABLE_ADE))
     tables = [table_2(args.folder, cls)] if any(cls.values()) else []
     tables += [table_3(det)] if any(det.values()) else []
+    tables += [table_ade(seg)] if any(seg.values()) else []
     if not tables:
-        teachers, students = (', '.join(dict.fromkeys(name for row in TABLE_2 + TABLE_3 if row.shared == shared
+        teachers, students = (', '.join(dict.fromkeys(name for row in TABLES if row.shared == shared
                                                       for name in row.folders)) for shared in (True, False))
         raise models.InputError(f'{args.folder} holds no run: expected {teachers}, or seed<N>/ with {students}')
     text = '\n'.join(tables)
     print(text, end='')
     (args.folder / 'results.md').write_text(text, encoding='utf-8')
-    draw_curves({**cls, **det}).save(args.folder / 'curves.png')
+    draw_curves({**cls, **det, **seg}).save(args.folder / 'curves.png')
 
 
 if __name__ == '__main__':
