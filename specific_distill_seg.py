@@ -305,13 +305,13 @@ def read_classes(args, splits):
         present = torch.zeros(256, dtype=torch.int64)
         for _, label in itertools.chain(*(pairs[args.rank::args.world_size] for pairs in splits)):
             present[read_label(label, args.reduce_zero_label).unique().long()] = 1
-        number = int((total(present, args)[:IGNORE] * torch.arange(1, IGNORE + 1)).max())
+        number = int((sum_over_processes(present, args)[:IGNORE] * torch.arange(1, IGNORE + 1)).max())
     if number < 2:
         raise models.InputError(f'{args.data_path} has fewer than two classes: see --nb_classes, --reduce_zero_label')
     return [names.get(value, f'class {value}') for value in range(first, number + first)]
 
 
-def total(counts, args):
+def sum_over_processes(counts, args):
     """Sum of an integer tensor over all processes, on the CPU."""
     counts = counts.to(args.device)
     if args.distributed:
@@ -331,7 +331,7 @@ def build_data(args):
     own_share, labelled = range(args.rank, len(val), args.world_size), 0
     for index in own_share:  # now, not after hours of training
         labelled += int((val.read(index, header_only=True)[1] != IGNORE).sum())
-    if not total(torch.tensor(labelled), args):
+    if not sum_over_processes(torch.tensor(labelled), args):
         raise models.InputError(f'no pixel of annotations/{args.val_split} has a class: see --reduce_zero_label')
     options = {'num_workers': args.num_workers, 'pin_memory': args.device.startswith('cuda')}
     val_loader = torch.utils.data.DataLoader(val, sampler=[(0, index) for index in own_share], **options)
@@ -560,7 +560,7 @@ def segmentation_scores(confusion, classes):
 
     In percent, under their names in log.txt. Classes that no label has count in no mean, and their IoU is None.
     """
-    confusion = confusion.double().cpu()
+    confusion = confusion.double()
     right, labelled, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
     present = labelled > 0
     iou = 100 * right / (labelled + predicted - right)
@@ -580,9 +580,7 @@ def evaluate(model, loader, classes, device, args):
         labels = labels.to(device, non_blocking=True).long()
         valid = labels != IGNORE
         confusion += torch.bincount(labels[valid] * len(classes) + prediction[valid], minlength=len(confusion))
-    if args.distributed:
-        dist.all_reduce(confusion)
-    stats = segmentation_scores(confusion.view(len(classes), -1), classes)
+    stats = segmentation_scores(sum_over_processes(confusion, args).view(len(classes), -1), classes)
     images = len(loader.dataset)
     models.say(f'test: mIoU {stats["test_mIoU"]:.2f} mean accuracy {stats["test_mAcc"]:.2f} pixel accuracy '
                f'{stats["test_aAcc"]:.2f} of {images} images')
