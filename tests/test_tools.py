@@ -59,23 +59,32 @@ def write_g2sd(home, acc1, seconds=(100.0, 100.0), epochs=None):
     write_run(home / 'g2sd', acc1, epochs, seconds[1], finetune='generic', teacher_path='teacher')
 
 
-def write_detection(folder, box, iterations=None, seconds=100.0, size=64, **args):
-    """A detection run with a round of 40 iterations per box AP; mask AP is 2 lower, AP50 of each 20 higher.
-
-    iterations: the total, for a run that is not finished or whose last round is shorter.
-    """
+def write_rounds(folder, scores, iterations=None, seconds=100.0, size=64, **args):
+    """A run with a round of 40 iterations per dict of scores; iterations: the total, if not all rounds or not whole ones."""
     folder.mkdir(parents=True)
-    total = iterations or 40 * len(box)
+    total = iterations or 40 * len(scores)
     args = {'model': 'vit_nano_patch8', 'input_size': [size, size], 'iterations': total, 'eval_every': 40, 'batch_size': 4,
             'accum_iter': 1, 'world_size': 1, 'finetune': None, 'teacher_path': None, **args}
     (folder / 'args.json').write_text(json.dumps(args))
     lines = []
-    for number, value in enumerate(box, 1):
+    for number, values in enumerate(scores, 1):
         done = min(40 * number, total)
         lines.append({'iteration': done, 'train_loss': 1 / done, 'train_seconds': seconds * done / total, 'test_images': 30,
-                      'test_bbox_AP': value, 'test_bbox_AP50': value + 20, 'test_bbox_AP75': value - 5,
-                      'test_mask_AP': value - 2, 'test_mask_AP50': value + 18, 'test_mask_AP75': value - 7})
+                      **values})
     (folder / 'log.txt').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+
+
+def write_detection(folder, box, *args, **kwargs):
+    """A detection run with a round per box AP; mask AP is 2 lower, AP50 of each 20 higher."""
+    write_rounds(folder, [{
+        'test_bbox_AP': value, 'test_bbox_AP50': value + 20, 'test_bbox_AP75': value - 5, 'test_mask_AP': value - 2,
+        'test_mask_AP50': value + 18, 'test_mask_AP75': value - 7} for value in box], *args, **kwargs)
+
+
+def write_segmentation(folder, miou, *args, **kwargs):
+    """A segmentation run with a round per mIoU; mean accuracy is 10 higher, pixel accuracy 30."""
+    write_rounds(folder, [{'test_mIoU': value, 'test_mAcc': value + 10, 'test_aAcc': value + 30,
+                           'test_IoU': {'sky': value, 'sea': None}} for value in miou], *args, **kwargs)
 
 
 def cells_of(text):
@@ -210,6 +219,40 @@ def test_results_of_both_tables_do_not_mix(tmp_path, capsys):
     assert Image.open(tmp_path / 'curves.png').size == (1200, 2 * (430 + 26))  # a row of panels and one line of legend each
 
 
+def test_results_of_segmentation_are_set_against_the_teacher(tmp_path, capsys):
+    """Claim: ADE20K's rows are those of the last round, with their part of the teacher's mIoU beside the paper's 99.3 %."""
+    write_segmentation(tmp_path / 'teacher_seg', [30.0, 50.0], seconds=7200.0)
+    for seed, last in enumerate((44.0, 46.0)):
+        write_segmentation(tmp_path / f'seed{seed}/seg_g2sd', [60.0, last], seconds=3600.0)
+    write_segmentation(tmp_path / 'seed2/seg_g2sd', [60.0], iterations=80)
+    table, text = table_of(tmp_path, capsys)
+    assert 'Table 2' not in text and 'Table 3' not in text and '99.3 %' in text and 'time (ours, hours)' in text
+    assert table['teacher: UPerNet on ViT-B from MAE'] == [
+        '50.00 (n = 1)', '', '60.00 (n = 1)', '80.00 (n = 1)', '80', '2.00 (n = 1)']
+    assert table['G2SD-S'] == ['45.00 ± 1.41 (n = 2); seed2/seg_g2sd: iteration 40/80', '90.0 %', '55.00 ± 1.41 (n = 2)',
+                               '75.00 ± 1.41 (n = 2)', '80', '1.00 ± 0.00 (n = 2)']
+    assert table['G2SD-S w/o S.D'] == [''] * 6
+    assert 'mIoU: `seed0/seg_g2sd/log.txt`, `seed1/seg_g2sd/log.txt`. ' in text and 'Test images: 30\n' in text
+    (tmp_path / 'teacher_seg').rename(tmp_path / 'other')
+    assert table_of(tmp_path, capsys)[0]['G2SD-S'][1] == ''  # never guessed
+
+
+def test_curves_show_miou_against_iterations(tmp_path, monkeypatch):
+    """Claim: mIoU and pixel accuracy of every round of every seed are drawn, the teacher's last level as a dashed line."""
+    write_segmentation(tmp_path / 'teacher_seg', [30.0, 50.0])
+    write_segmentation(tmp_path / 'seed0/seg_finetuned', [10.0, 20.0])
+    write_segmentation(tmp_path / 'seed0/seg_g2sd', [15.0], iterations=60)
+    panels = {}
+    monkeypatch.setattr(results, 'draw_panel', lambda draw, box, title, xlabel, curves, font: panels.update(
+        {(title, xlabel): curves}))
+    results.draw_curves({row: results.read_row(tmp_path, row) for row in results.TABLES})
+    assert list(panels) == [('mIoU, percent', 'iterations'), ('Pixel accuracy, percent', 'iterations')]
+    for curves, higher in zip(panels.values(), (0, 30)):
+        assert [curve.points for curve in curves] == [
+            [(0, 50.0 + higher)], [(40, 10.0 + higher), (80, 20.0 + higher)], [(40, 15.0 + higher)]]
+        assert [curve.dashed for curve in curves] == [True, False, False]
+
+
 def test_results_refuse_a_damaged_detection_log(tmp_path, capsys):
     """Claim: what cannot be read is named; the half line of a run that was killed is no round."""
     home = tmp_path / 'seed0/det_g2sd'
@@ -263,7 +306,7 @@ def test_every_row_with_runs_is_drawn_in_its_colour(tmp_path):
             assert drawn[0] > 300 and drawn[1] > 300 and drawn[2] >= 45  # a line of 3 x 15 pixels in the legend
         else:
             assert sum(drawn) < 10  # the edges of letters are of many greys
-    for table in (results.TABLE_2, results.TABLE_3):
+    for table in (results.TABLE_2, results.TABLE_3, results.TABLE_ADE):
         assert len({row.colour for row in table}) == len(table)
 
 
@@ -430,8 +473,8 @@ def test_networks_that_predict_pixels_show_their_reconstruction(stage1, monkeypa
 @pytest.mark.parametrize('tool, words, message', [
     ('results', ['{tmp}/none'], 'there is no folder'),
     ('results', ['{tmp}'], 'holds no run'),
-    ('results', ['{tmp}'], 'teacher_mae, teacher_cls, teacher_det, or seed<N>/ with deit,'),
-    ('results', ['{tmp}'], 'det_scratch, det_finetuned, det_g2sd'),
+    ('results', ['{tmp}'], 'teacher_mae, teacher_cls, teacher_det, teacher_seg, or seed<N>/ with deit,'),
+    ('results', ['{tmp}'], 'det_scratch, det_finetuned, det_g2sd, seg_finetuned, seg_g2sd'),
     ('results', ['{tmp}/broken'], 'line 1 is no JSON object'),
     ('predict', ['--checkpoint', '{tmp}/none.pth', '--image', '{tmp}/a.png'], 'no checkpoint file'),
     ('predict', ['--checkpoint', '{tmp}/c.pth', '--image', '{tmp}/c.pth'], 'cannot read the image'),

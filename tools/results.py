@@ -252,10 +252,10 @@ def table_3(rows):
     return '\n'.join([*lines, '', NOTE_3.format(unit=unit)] + (['', *sources] if sources else [])) + '\n'
 
 
-NOTE_ADE = """Ours: in percent, after the last round of finished runs, never of the best round; mean ± sample standard deviation
-over n seeds. Part of the teacher: its mIoU is 100 %. Time: {unit} of segmentation training alone, without evaluation;
-earlier stages and pre-training do not count, nor does the teacher, which has a row of its own. The paper has no table of
-this task; its abstract gives G2SD-S 99.3 % of the teacher's performance."""
+NOTE_ADE = """Ours: in percent, after the last round of finished runs, never of the best round; mean ± sample standard
+deviation over n seeds. Part of the teacher: its mIoU is 100 %. Time: {unit} of segmentation training alone, without
+evaluation; earlier stages and pre-training do not count, nor does the teacher, which has a row of its own. The paper has
+no table of this task; its abstract gives G2SD-S 99.3 % of the teacher's performance."""
 
 
 def table_ade(rows):
@@ -383,7 +383,7 @@ def draw_curves(rows):
 def get_args_parser():
     parser = argparse.ArgumentParser(description='logs of a folder of runs -> results.md and curves.png', allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('folder', type=Path, help='folder with teacher_mae, teacher_cls, teacher_det, teacher_seg and seed<N>/')
+    parser.add_argument('folder', type=Path, help='folder with the teachers\' runs and seed<N>/: see above')
     return parser
 
 
