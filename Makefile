@@ -244,11 +244,13 @@ data:
 endif
 
 ifeq ($(SCALE),toy)
-coco ade: $(ADE_DATA)
+coco: $(ADE_DATA)
+ade: $(ADE_DATA)
 $(ADE_DATA): | data
 	$(PYTHON) tools/toy_data.py --out $(RUNS)/data --only coco ade $(TOY_SCENES)
 else
-coco ade:
+coco:
+ade:
 endif
 
 results:  ## print the tables of what has been run at this SCALE, and draw the curves

@@ -306,9 +306,11 @@ def read_classes(args, splits):
         for _, label in itertools.chain(*(pairs[args.rank::args.world_size] for pairs in splits)):
             present[read_label(label, args.reduce_zero_label).unique().long()] = 1
         number = int((sum_over_processes(present, args)[:IGNORE] * torch.arange(1, IGNORE + 1)).max())
-    if number < 2:
-        raise models.InputError(f'{args.data_path} has fewer than two classes: see --nb_classes, --reduce_zero_label')
-    return [names.get(value, f'class {value}') for value in range(first, number + first)]
+    classes = [names.get(value, f'class {value}') for value in range(first, number + first)]
+    if not 2 <= number < IGNORE or len(set(classes)) < number:
+        raise models.InputError(f'{args.data_path} has {number} classes with {len(set(classes))} different names; at least 2, '
+                                'at most 254, and no name twice: see --nb_classes, --reduce_zero_label')
+    return classes
 
 
 def sum_over_processes(counts, args):
@@ -819,7 +821,9 @@ def main(args):
         model_without_ddp = nn.SyncBatchNorm.convert_sync_batchnorm(model_without_ddp)
     model = model_without_ddp.to(device)
     if args.distributed:
-        model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
+        # broadcasting buffers would send every block's table of position indices at each step, 100 MB in all
+        model = torch.nn.parallel.DistributedDataParallel(
+            model, device_ids=[device] if device.type == 'cuda' else None, broadcast_buffers=False)
     # 5. optimizer, schedule, loss scaler
     scale_lr(args, PAPER_BATCH)
     optimizer = create_optimizer_v2(model_without_ddp, opt='adamw', lr=args.lr, weight_decay=args.weight_decay,
@@ -837,8 +841,9 @@ def main(args):
         started = time.time()
         stats = train_one_epoch(model, teacher, loader, optimizer, scheduler, scaler, progress, device, epoch, args)
         seconds += time.time() - started
-        for buffer in model_without_ddp.buffers() if args.distributed else ():
-            dist.broadcast(buffer, 0)  # without SyncBatchNorm the last step's statistics differ between processes
+        for name, buffer in model_without_ddp.named_buffers() if args.distributed else ():
+            if 'running_' in name:  # batch norm's statistics: of the first process, where SyncBatchNorm does not share them
+                dist.broadcast(buffer, 0)
         stats.update(evaluate(model_without_ddp, val_loader, classes, device, args))
         done = min(args.iterations, (epoch + 1) * args.eval_every)
         write_log(args, {'iteration': done, **stats, 'train_seconds': round(seconds, 2)})
