@@ -308,8 +308,8 @@ def read_classes(args, splits):
         number = int((sum_over_processes(present, args)[:IGNORE] * torch.arange(1, IGNORE + 1)).max())
     classes = [names.get(value, f'class {value}') for value in range(first, number + first)]
     if not 2 <= number < IGNORE or len(set(classes)) < number:
-        raise models.InputError(f'{args.data_path} has {number} classes with {len(set(classes))} different names; at least 2, '
-                                'at most 254, and no name twice: see --nb_classes, --reduce_zero_label')
+        raise models.InputError(f'{args.data_path} has {number} classes of {len(set(classes))} different names; 2 to 254 can '
+                                'be told apart, and no name may come twice: see --nb_classes, --reduce_zero_label')
     return classes
 
 

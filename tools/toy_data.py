@@ -8,6 +8,7 @@ A scene is a textured ground with circles, squares, triangles and stars on it, e
     OUT/coco/annotations/instances_{train,val}2017.json       polygons of the visible parts, crowds as RLE
     OUT/ade/images/{training,validation}/*.jpg                the pictures of OUT/coco, byte for byte
     OUT/ade/annotations/{training,validation}/*.png           8-bit labels: 0 = ignore, 1..8 = ADE_CLASSES
+    OUT/ade/classes.txt                                       a label and its name per line
     OUT/toy_data.json                                         the arguments of each finished set; marks the folder as ours
 
 Run:    python tools/toy_data.py --out data/toy
@@ -263,7 +264,7 @@ def write_coco(args, folder):
 
 
 def write_ade(args, folder):
-    """Pictures and 8-bit label PNGs of one name, as in ADEChallengeData2016."""
+    """Pictures and 8-bit label PNGs of one name, as in ADEChallengeData2016, and the names of the labels."""
     for split in SPLITS:
         images, labels = folder / 'images' / ADE_SPLITS[split], folder / 'annotations' / ADE_SPLITS[split]
         images.mkdir(parents=True)
@@ -271,6 +272,8 @@ def write_ade(args, folder):
         for number, scene in enumerate(draw_split(args, split), start=1):
             save_image(scene, images / f'ADE_{split}_{number:08d}.jpg')
             Image.fromarray(scene.labels).save(labels / f'ADE_{split}_{number:08d}.png')
+    lines = [f'{label} {name}\n' for label, name in enumerate(ADE_CLASSES, start=1)]
+    (folder / 'classes.txt').write_text(''.join(lines))
 
 
 WRITERS = {  # set -> (function, the arguments that it depends on besides the seed)
