@@ -153,32 +153,30 @@ def resolve_recipe(args):
 # ------------------------------------------------------------------------------------------------------------------ data
 
 
-def read_image(path, header_only=False):
-    """Image file -> ((3, H, W) uint8 in RGB, or None if only its header is to be read; (H, W)). Raises InputError."""
+def read_file(path, decode):
+    """decode(opened Pillow image); decoders raise nearly anything on a damaged file: an InputError that names it."""
     try:
         with Image.open(path) as file:
-            return None if header_only else v2.functional.pil_to_tensor(file.convert('RGB')), file.size[::-1]
-    except Exception as error:  # decoders raise nearly anything on a damaged file
+            return decode(file)
+    except Exception as error:
         raise models.InputError(f'cannot read {path} ({(str(error) or type(error).__name__).splitlines()[0]}): mend the '
-                                'file, or remove it and its label') from error
+                                'file, or remove it and its partner') from error
+
+
+def read_image(path):
+    """Image file -> (3, H, W) uint8 in RGB. Raises InputError."""
+    return read_file(path, lambda file: v2.functional.pil_to_tensor(file.convert('RGB')))
 
 
 def read_label(path, reduce_zero_label):
-    """Label file -> (H, W) uint8, classes from 0, 255 = ignore. Raises InputError with the file's name.
+    """Label file -> (H, W) uint8, classes from 0, 255 = ignore; a palette's indices count. Raises InputError.
 
     reduce_zero_label: 0 in the file means ignore and classes count from 1.
     """
-    try:
-        with Image.open(path) as file:
-            mode, label = file.mode, np.array(file)
-    except Exception as error:  # as above
-        raise models.InputError(f'cannot read {path} ({(str(error) or type(error).__name__).splitlines()[0]}): mend the '
-                                'file, or remove it and its image') from error
+    mode, label = read_file(path, lambda file: (file.mode, torch.from_numpy(np.array(file))))
     if mode not in ('L', 'P'):
         raise models.InputError(f'{path} is no label: its pixels are of mode {mode}, not single bytes')
-    if reduce_zero_label:
-        label = np.where(label == IGNORE, IGNORE, label - np.uint8(1))  # in bytes 0 - 1 is 255
-    return torch.from_numpy(label)
+    return torch.where(label == IGNORE, label, label - 1) if reduce_zero_label else label  # in bytes 0 - 1 is 255
 
 
 def list_pairs(data_path, split):
@@ -226,9 +224,10 @@ class SegmentationDataset(torch.utils.data.Dataset):
         if len(wrong):
             raise models.InputError(f'{label_path} has the label {int(wrong[0]) + first}; the {self.num_classes} classes '
                                     f'are {first} to {self.num_classes + first - 1}: see --nb_classes, --reduce_zero_label')
-        image, size = read_image(image_path, header_only)
-        if size != tuple(label.shape):
-            raise models.InputError(f'{image_path} is {size[0]} high and {size[1]} wide, its label {label.shape[0]} and '
+        image = None if header_only else read_image(image_path)
+        height, width = read_file(image_path, lambda file: file.size[::-1]) if header_only else image.shape[1:]
+        if (height, width) != label.shape:
+            raise models.InputError(f'{image_path} is {height} high and {width} wide, its label {label.shape[0]} and '
                                     f'{label.shape[1]}')
         return image, label
 
@@ -308,8 +307,8 @@ def read_classes(args, splits):
         number = int((sum_over_processes(present, args)[:IGNORE] * torch.arange(1, IGNORE + 1)).max())
     classes = [names.get(value, f'class {value}') for value in range(first, number + first)]
     if not 2 <= number < IGNORE or len(set(classes)) < number:
-        raise models.InputError(f'{args.data_path} has {number} classes of {len(set(classes))} different names; 2 to 254 can '
-                                'be told apart, and no name may come twice: see --nb_classes, --reduce_zero_label')
+        raise models.InputError(f'{args.data_path} has {number} classes with {len(set(classes))} different names: there '
+                                'must be 2 to 254 and no name twice, see --nb_classes, --reduce_zero_label')
     return classes
 
 

@@ -1,27 +1,31 @@
-"""What a trained network says about one image: a classifier's top classes, or a detector's objects, printed and drawn.
+"""What a trained network says about one image: its classes, its objects or the class of each pixel, printed and drawn.
 
-Reads:  --checkpoint   checkpoint.pth of specific_distill_cls.py, of specific_distill_det.py, or a public classifier
-                       (give its --model then)
+Reads:  --checkpoint   checkpoint.pth of a specific_distill_*.py, or a public classifier (give its --model then)
         --image        any file that Pillow reads; it is prepared exactly as in evaluation
 Writes: --out, of a detector: the image in its own size with masks, boxes, names and scores
+        --out, of a segmentation network: the image in its own size under the classes' colours, a legend beside it; and
+        OUT_labels.png, the label of each pixel as in annotations/ of the training data
 Run:    python tools/predict.py --checkpoint runs/cifar10/seed0/g2sd/checkpoint.pth --image horse.jpg
         python tools/predict.py --checkpoint runs/coco/seed0/det_g2sd/checkpoint.pth --image street.jpg --out found.png
+        python tools/predict.py --checkpoint runs/ade20k/seed0/seg_g2sd/checkpoint.pth --image street.jpg
 Prints a class per line with its probability; or an object per line with score, class and box (x0 y0 x1 y1 in pixels of
-the image), best first.
+the image), best first; or a class per line with its share of the pixels, largest first.
 """
 import argparse
 import importlib.util
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageDraw, ImageFont
-from torchvision.transforms.v2.functional import pil_to_tensor
+from PIL import ExifTags, Image, ImageColor, ImageDraw, ImageFilter, ImageFont
+from torchvision.transforms.v2.functional import pil_to_tensor, resize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import models
 import specific_distill_cls
 import specific_distill_det
+import specific_distill_seg
 
 MARK = 'G2SD tools/predict.py'  # in a picture's EXIF, as its software: a picture of ours may be drawn again
 
@@ -75,23 +79,26 @@ def show_classes(args, checkpoint):
     """A classifier: prints the --topk classes of --image. Raises InputError."""
     if args.topk < 1:
         raise models.InputError('--topk must be at least 1')
-    if args.out:
-        raise models.InputError(f'--out: {args.checkpoint} is a classifier, which draws nothing')
     model, trained, classes = load_classifier(args.checkpoint, args.model, args.input_size, checkpoint)
     probabilities = classify(model, read_image(args.image, trained)[None])[0]
     for value, index in zip(*probabilities.topk(min(args.topk, len(probabilities)))):
         print(f'{100 * value:6.2f} %  {classes[index] if classes else f"class {index}"}')
 
 
-def load_detector(path, checkpoint):
-    """The file's content -> (detector in eval mode on the CPU, its arguments as a Namespace, class names).
+def read_own(checkpoint, path, what, script, flag):
+    """The content of a script's checkpoint -> (its arguments as a Namespace, class names); `flag` is one of its own.
 
-    Raises InputError, also for the detectors of torchvision, which have the same names.
+    Raises InputError, also for networks of torchvision and mmsegmentation, which have the same names.
     """
     stored, classes = checkpoint.get('args'), checkpoint.get('classes')
-    if not isinstance(stored, dict) or 'anchor_size' not in stored or not classes:
-        raise models.InputError(f'{path} holds a detector, but no arguments and classes of specific_distill_det.py')
-    args = argparse.Namespace(**stored)
+    if not isinstance(stored, dict) or flag not in stored or not classes:
+        raise models.InputError(f'{path} holds a {what}, but no arguments and classes of {script}')
+    return argparse.Namespace(**stored), classes
+
+
+def load_detector(path, checkpoint):
+    """The file's content -> (detector in eval mode on the CPU, its arguments as a Namespace, class names)."""
+    args, classes = read_own(checkpoint, path, 'detector', 'specific_distill_det.py', 'anchor_size')
     model = specific_distill_det.Detector(args.model, len(classes), args)
     models.load_exactly(model, models.flat_state_dict(checkpoint, path), path)
     return model.eval(), args, classes
@@ -165,7 +172,7 @@ def draw_objects(image, objects, classes):
 
 
 def check_out(out, image):
-    """Raises InputError unless the picture may be written: into a new file, or over one that this tool has drawn."""
+    """Raises InputError unless a picture may be written: into a new file, or over one that this tool has drawn."""
     if out.suffix.lower() not in ('.png', '.jpg', '.jpeg') or not out.parent.is_dir():
         raise models.InputError(f'--out {out} must end in .png or .jpg, in an existing folder')
     if out.exists() and out.samefile(image):
@@ -178,14 +185,19 @@ def check_out(out, image):
         raise models.InputError(f'--out {out} exists, and this tool did not draw it: choose another name')
 
 
+def save_marked(picture, path):
+    """Writes a picture that `check_out` will recognise."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Software] = MARK
+    picture.save(path, exif=exif, quality=95, subsampling=0)  # the last two: sharp in JPEG
+
+
 def show_objects(args, checkpoint):
     """A detector: prints the objects of --image with at least --score, and draws them into --out. Raises InputError."""
     if not importlib.util.find_spec('pycocotools'):
         raise models.InputError('detection needs pycocotools: pip install pycocotools')
     if not 0 <= args.score <= 1:
         raise models.InputError(f'--score {args.score:g} must be between 0 and 1')
-    if args.model or args.input_size:
-        raise models.InputError(f'--model, --input_size: {args.checkpoint} is a detector, which knows its own')
     image, out = open_image(args.image), args.out or Path(f'{Path(args.image).stem}_pred.png')
     check_out(out, args.image)
     model, trained, classes = load_detector(args.checkpoint, checkpoint)
@@ -194,26 +206,94 @@ def show_objects(args, checkpoint):
         x, y, width, height = entry['bbox']
         print(f'{entry["score"]:.3f}  {classes[entry["category_id"] - 1]:{max(map(len, classes))}}  '
               f'{x:7.1f} {y:7.1f} {x + width:7.1f} {y + height:7.1f}')
-    exif = Image.Exif()
-    exif[ExifTags.Base.Software] = MARK
-    draw_objects(image, objects, classes).save(out, exif=exif, quality=95, subsampling=0)  # the last two: sharp in JPEG
+    save_marked(draw_objects(image, objects, classes), out)
     hint = '' if objects or best is None else f' (the best has {best:.3f})'
     print(f'{out}: {len(objects) or "no"} object{"s" * (len(objects) != 1)} of score {args.score:g} or more{hint}')
 
 
-KINDS = {'rpn.head.cls_logits.weight': show_objects, 'head.weight': show_classes}  # by a name that only this kind has
+@torch.no_grad()
+def segment(model, image, args):
+    """RGB image -> (H, W) uint8, the class of each of its pixels from 0, exactly as evaluation predicts it."""
+    size, short = image.size[::-1], args.input_size[0]
+    pixels = resize(pil_to_tensor(image), specific_distill_seg.scaled_size(size, short))
+    logits = specific_distill_seg.slide(model, specific_distill_seg.normalise(pixels)[None], short)
+    return specific_distill_seg.resize(logits, size).argmax(dim=1)[0].byte().numpy()
+
+
+def class_colour(index):
+    """RGB of a class, the same in all pictures; the golden ratio keeps the hues of neighbours in the list apart."""
+    saturation, value = ((95, 100), (95, 60), (45, 100), (60, 75), (100, 80))[index // 7 % 5]
+    return ImageColor.getrgb(f'hsv({360 * 0.618034 * index % 360}, {saturation}%, {value}%)')
+
+
+def draw_segments(image, prediction, present, classes):
+    """RGB image, class of each pixel (H, W) uint8 -> a copy under half-transparent colours, the legend to its right.
+
+    present: the classes of the legend, in its order. Regions are parted by a white line.
+    """
+    colours, regions, long_side = [class_colour(k) for k in range(len(classes))], Image.fromarray(prediction), max(image.size)
+    regions.putpalette(np.array(colours, np.uint8).tobytes())
+    border = np.zeros(prediction.shape, np.uint8)
+    border[:, 1:] |= prediction[:, 1:] != prediction[:, :-1]
+    border[1:] |= prediction[1:] != prediction[:-1]
+    border = Image.fromarray(255 * border).filter(ImageFilter.MaxFilter(2 * round(long_side / 1000) + 1))
+    image = Image.blend(image, regions.convert('RGB'), 0.5)
+    image.paste('white', mask=border)
+    font = ImageFont.load_default(max(11, round(long_side / 50)))
+    names, line = [classes[k][:32] for k in present], round(1.4 * font.size)
+    width = 2 * line + max(round(font.getlength(name)) for name in names)
+    picture = Image.new('RGB', (image.width + width, max(image.height, line * len(names))), 'white')
+    picture.paste(image)
+    draw = ImageDraw.Draw(picture)
+    for row, (k, name) in enumerate(zip(present, names)):
+        x, y = image.width + line // 4, row * line
+        draw.rectangle((x, y + line // 8, x + line, y + line - line // 8), fill=colours[k])
+        draw.text((x + line + line // 4, y + line // 2), name, 'black', font, anchor='lm')
+    return picture
+
+
+def show_segments(args, checkpoint):
+    """A segmentation network: prints the shares of the classes in --image, draws them into --out, and writes their labels.
+
+    Raises InputError.
+    """
+    trained, classes = read_own(checkpoint, args.checkpoint, 'segmentation network', 'specific_distill_seg.py',
+                                'reduce_zero_label')
+    image, out = open_image(args.image), args.out or Path(f'{Path(args.image).stem}_pred.png')
+    labels = out.with_name(f'{out.stem}_labels.png')
+    check_out(out, args.image)
+    check_out(labels, args.image)
+    model = specific_distill_seg.load_segmenter(trained.model, args.checkpoint, classes, trained)
+    prediction = segment(model, image, trained)
+    counts = np.bincount(prediction.ravel(), minlength=len(classes))
+    present = [k for k in np.argsort(-counts, kind='stable') if counts[k]]
+    for k in present:
+        print(f'{100 * counts[k] / counts.sum():6.2f} %  {classes[k]}')
+    save_marked(draw_segments(image, prediction, present, classes), out)
+    save_marked(Image.fromarray(prediction + np.uint8(trained.reduce_zero_label)), labels)
+    print(f'{out}: {len(present)} class{"es" * (len(present) != 1)}; labels in {labels}')
+
+
+KINDS = {  # by a name that only this kind has: what shows it, what it is, and the flags for it
+    'rpn.head.cls_logits.weight': (show_objects, 'detector', ('score', 'out')),
+    'decode_head.conv_seg.weight': (show_segments, 'segmentation network', ('out',)),
+    'head.weight': (show_classes, 'classifier', ('topk', 'model', 'input_size')),
+}
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description='top classes, or objects, of an image', allow_abbrev=False,
+    parser = argparse.ArgumentParser(description='top classes, objects or labelled pixels of an image', allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('--checkpoint', required=True, help='classifier or detector, path or https URL')
+    parser.add_argument('--checkpoint', required=True, help='classifier, detector or segmentation network, path or '
+                                                                'https URL')
     parser.add_argument('--image', required=True, help='image file')
     parser.add_argument('--topk', type=int, default=5, help='only for classifiers: number of classes to print')
     parser.add_argument('--score', type=float, default=0.5,
                         help='only for detectors: smallest score of an object to show; they keep none under 0.05')
-    parser.add_argument('--out', type=Path, help='only for detectors: picture to write, .png or .jpg; by default it is '
-                                                 'called after the image, NAME_pred.png, in the current folder')
+    parser.add_argument('--out', type=Path,
+                        help='not for classifiers: picture to write, .png or .jpg; by default it is called after the '
+                             'image, NAME_pred.png, in the current folder; of a segmentation network the labels lie '
+                             'beside it, NAME_pred_labels.png')
     parser.add_argument('--model', help='only for classifiers: name of the network, for files that do not hold it')
     parser.add_argument('--input_size', type=int, nargs='+',
                         help='only for classifiers: pixels, one side, or height and width; by default as the '
@@ -224,10 +304,13 @@ def get_args_parser():
 def main(args):
     checkpoint = models.read_checkpoint(args.checkpoint)
     state = models.flat_state_dict(checkpoint, args.checkpoint)
-    show = next((KINDS[name] for name in KINDS if name in state), None)
+    show, what, flags = next((KINDS[name] for name in KINDS if name in state), (None, '', ()))
     if show is None:
         raise models.InputError(f'{args.checkpoint} holds neither a classifier (of specific_distill_cls.py, MAE, DeiT, '
-                                'timm) nor a detector of specific_distill_det.py')
+                                'timm) nor a network of specific_distill_det.py or specific_distill_seg.py')
+    for flag in ('topk', 'score', 'out', 'model', 'input_size'):
+        if flag not in flags and getattr(args, flag) != get_args_parser().get_default(flag):
+            raise models.InputError(f'--{flag}: {args.checkpoint} is a {what}, which does not take it')
     show(args, checkpoint)
 
 
