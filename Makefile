@@ -101,9 +101,9 @@ DET_ARGS := --device $(DEVICE) --num_workers 0 --input_size 64 --window_size 4 -
 	--proposals 50 --roi_batch 32 --drop_path 0 --scale_jitter 0.7 1.4 --batch_size 4 --lr 2e-3 --warmup_iterations 50 \
 	--distill_warmup 100 --iterations $(DET_ITERATIONS) --eval_every 250
 TEACHER_DET_ARGS := --iterations $(TEACHER_DET_ITERATIONS)
-SEG_ITERATIONS ?= 400
-SEG_ARGS := --device $(DEVICE) --num_workers 0 --input_size 64 --batch_size 4 --lr 2e-3 --drop_path 0 \
-	--warmup_iterations 20 --iterations $(SEG_ITERATIONS) --eval_every 200
+SEG_ITERATIONS ?= 800
+SEG_ARGS := --device $(DEVICE) --num_workers 0 --input_size 64 --batch_size 4 --lr 5e-3 --drop_path 0 --ratio_range 0.75 1.5 \
+	--warmup_iterations 20 --iterations $(SEG_ITERATIONS) --eval_every 400
 else
 $(error SCALE=$(SCALE): choose imagenet, cifar10 or toy)
 endif

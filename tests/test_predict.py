@@ -1,12 +1,15 @@
-"""tools/predict.py on a detector: what it prints and draws, against hand-set detections and the script's evaluation."""
+"""tools/predict.py on detectors and segmentation networks: what it prints and draws, against answers set by hand and the
+scripts' own evaluation."""
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import environment
 from PIL import Image
 from torchvision.models.detection import MaskRCNN
 from torchvision.transforms import v2
@@ -14,8 +17,10 @@ from torchvision.transforms import v2
 import models
 import predict
 import specific_distill_det
+import specific_distill_seg
 
 NAME, CLASSES = 'vit_pico_patch8', ['cat', 'traffic light']
+SEG_CLASSES = ('wall', 'sky, cloudy', 'grass', 'cat', 'pole')
 GEOMETRY = ('--model', NAME, '--input_size', 64, '--window_size', 4, '--fpn_dim', 16, '--head_dim', 32,
             '--anchor_size', 8, '--proposals', 20, '--device', 'cpu', '--num_workers', 0)
 
@@ -29,6 +34,24 @@ def checkpoint(tmp_path):
     model = specific_distill_det.Detector(NAME, len(CLASSES), args)
     torch.save({'model': model.state_dict(), 'classes': CLASSES, 'args': vars(args)}, tmp_path / 'd.pth')
     return tmp_path / 'd.pth'
+
+
+@pytest.fixture
+def segmenter(tmp_path):
+    """A segmentation network's file: random weights, five classes."""
+    return save_segmenter(tmp_path / 's.pth')
+
+
+def save_segmenter(path, *flags, classes=SEG_CLASSES):
+    """What specific_distill_seg.py stores, of a network whose answers vary over the image."""
+    words = ('--model', NAME, '--input_size', 16, '--data_path', 'x', *flags)
+    args = specific_distill_seg.get_args_parser().parse_args([str(word) for word in words])
+    args.input_size = [16, 16]
+    torch.manual_seed(0)
+    model = specific_distill_seg.Segmenter(NAME, len(classes), 16)
+    torch.nn.init.normal_(model.decode_head.conv_seg.weight)
+    torch.save({'model': model.state_dict(), 'classes': list(classes), 'args': vars(args)}, path)
+    return path
 
 
 @pytest.fixture
@@ -216,17 +239,32 @@ def test_an_image_that_is_stored_turned_stays_so(checkpoint, image, stub, tmp_pa
     (['--checkpoint', '{tmp}/d.pth', '--image', '{tmp}/a.png', '--out', '{tmp}/link.png'], 'is the image itself'),
     (['--checkpoint', '{tmp}/d.pth', '--image', '{tmp}/a.png', '--out', '{tmp}/b.png'], 'this tool did not draw it'),
     (['--checkpoint', '{tmp}/d.pth', '--image', '{tmp}/a.png', '--score', '50'], '--score 50 must be between 0 and 1'),
-    (['--checkpoint', '{tmp}/d.pth', '--image', '{tmp}/a.png', '--input_size', '64'], 'which knows its own'),
-    (['--checkpoint', '{tmp}/c.pth', '--image', '{tmp}/a.png', '--out', '{tmp}/o.png'], 'which draws nothing'),
+    (['--checkpoint', '{tmp}/d.pth', '--image', '{tmp}/a.png', '--input_size', '64'], '--input_size: '),
+    (['--checkpoint', '{tmp}/d.pth', '--image', '{tmp}/a.png', '--topk', '2'], 'is a detector, which does not take it'),
+    (['--checkpoint', '{tmp}/c.pth', '--image', '{tmp}/a.png', '--out', '{tmp}/o.png'], 'is a classifier, which does not'),
+    (['--checkpoint', '{tmp}/c.pth', '--image', '{tmp}/a.png', '--score', '0.6'], '--score: '),
+    (['--checkpoint', '{tmp}/s.pth', '--image', '{tmp}/a.png', '--score', '0.6'], 'is a segmentation network, which does'),
+    (['--checkpoint', '{tmp}/s.pth', '--image', '{tmp}/a.png', '--topk', '3'], '--topk: '),
+    (['--checkpoint', '{tmp}/s.pth', '--image', '{tmp}/a.png', '--model', NAME], '--model: '),
+    (['--checkpoint', '{tmp}/s.pth', '--image', '{tmp}/a.png', '--input_size', '32'], '--input_size: '),
+    (['--checkpoint', '{tmp}/s.pth', '--image', '{tmp}/s.pth'], 'cannot read the image'),
+    (['--checkpoint', '{tmp}/s.pth', '--image', '{tmp}/a.png', '--out', '{tmp}/gone/o.png'], 'in an existing folder'),
+    (['--checkpoint', '{tmp}/s.pth', '--image', '{tmp}/a.png', '--out', '{tmp}/a.png'], 'a.png is the image itself'),
+    (['--checkpoint', '{tmp}/s.pth', '--image', '{tmp}/a.png', '--out', '{tmp}/b.png'], 'this tool did not draw it'),
+    (['--checkpoint', '{tmp}/s.pth', '--image', '{tmp}/a.png', '--out', '{tmp}/o.png'], 'o_labels.png exists, and this'),
+    (['--checkpoint', '{tmp}/s.pth', '--image', '{tmp}/o_labels.png', '--out', '{tmp}/o.png'], 'labels.png is the image'),
+    (['--checkpoint', '{tmp}/theirs.pth', '--image', '{tmp}/a.png'], 'no arguments and classes of specific_distill_seg'),
     (['no pycocotools', '--checkpoint', '{tmp}/d.pth', '--image', '{tmp}/a.png'], 'pip install pycocotools')])
-def test_mistakes_end_in_one_line_and_write_nothing(checkpoint, image, tmp_path, monkeypatch, words, message):
+def test_mistakes_end_in_one_line_and_write_nothing(checkpoint, segmenter, image, tmp_path, monkeypatch, words, message):
     """Claim: what is wrong is said in one line, with an exit status of failure; no file is made or changed."""
     torch.save({'model': models.create_mae('mae_vit_pico_patch8', 16).state_dict(), 'args': {}}, tmp_path / 'mae.pth')
     torch.save({'model': models.create_vit(NAME, 2, 16).state_dict(), 'args': {'model': NAME, 'input_size': [16, 16]}},
                tmp_path / 'c.pth')
     torch.save({'model': torch.load(checkpoint)['model'], 'args': {'model': 'maskrcnn'}}, tmp_path / 'other.pth')
+    torch.save(torch.load(segmenter)['model'], tmp_path / 'theirs.pth')
     (tmp_path / 'link.png').symlink_to(image)
-    Image.new('RGB', (9, 9)).save(tmp_path / 'b.png')
+    for name in ('b.png', 'o_labels.png'):
+        Image.new('RGB', (9, 9)).save(tmp_path / name)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     monkeypatch.chdir(tmp_path)
     if words[0] == 'no pycocotools':
@@ -334,3 +372,140 @@ def test_a_small_mask_lies_over_a_large_one():
         picture = np.array(predict.draw_objects(Image.new('RGB', (200, 150)), objects, ['x']))
         line = picture[110, 115]  # the lower line of the small box has the pure colour
         assert np.abs(picture[105, 115] - line / 2).max() < np.abs(picture[60, 40] - line / 2).max()
+
+
+# --------------------------------------------------------------------------------------------------------- segmentation
+
+
+@pytest.fixture
+def answer(monkeypatch):
+    """answer(array) makes every segmentation network predict these classes (H, W)."""
+    return lambda classes: monkeypatch.setattr(predict, 'segment', lambda *_: np.asarray(classes, np.uint8))
+
+
+def bands(width, height, *classes):
+    """Upright bands of equal width, one for each class."""
+    return np.repeat(np.array(classes), width // len(classes))[None].repeat(height, axis=0)
+
+
+@pytest.mark.parametrize('flag, first', [('--reduce_zero_label', 1), ('--no-reduce_zero_label', 0)])
+@pytest.mark.parametrize('size', [(120, 60), (31, 50), (200, 20)])  # the last: more than 4 to 1, and then padded
+def test_the_labels_are_what_evaluation_predicts(tmp_path, capsys, size, flag, first):
+    """Claim: put into annotations/ they are read as classes, and --eval finds each pixel as it predicts it itself."""
+    checkpoint = save_segmenter(tmp_path / 's.pth', flag)
+    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    for kind in ('images', 'annotations'):
+        (tmp_path / kind / 'validation').mkdir(parents=True)
+    Image.fromarray(pixels).save(tmp_path / 'images/validation/a.png')
+    run('--checkpoint', checkpoint, '--image', tmp_path / 'images/validation/a.png', '--out', tmp_path / 'o.png')
+    lines = [line.split('%  ') for line in capsys.readouterr().out.splitlines() if '%' in line]
+    printed = {name: float(share) for share, name in lines}
+    labels = Image.open(tmp_path / 'o_labels.png')
+    assert (labels.mode, labels.size) == ('L', size)
+    counts = np.bincount(np.array(labels).ravel(), minlength=6)
+    assert printed == {name: pytest.approx(100 * counts[k + first] / counts.sum(), abs=0.0051)
+                       for k, name in enumerate(SEG_CLASSES) if counts[k + first]}
+    assert list(printed.values()) == sorted(printed.values(), reverse=True) and len(printed) > 1
+    words = ('--model', NAME, '--input_size', 16, '--data_path', tmp_path, flag, '--eval', '--resume', checkpoint,
+             '--device', 'cpu', '--num_workers', 0, '--output_dir', tmp_path / 'run')
+    for wrong in (0, 1):  # the comparison notices a single pixel
+        if wrong:
+            labels.putpixel((0, 0), first if labels.getpixel((0, 0)) != first else first + 1)
+        labels.save(tmp_path / 'annotations/validation/a.png')
+        args = specific_distill_seg.get_args_parser().parse_args([str(word) for word in words])
+        stats = specific_distill_seg.main(args)
+        assert (stats['test_aAcc'] == 100) is not bool(wrong)
+        if not wrong:
+            assert {name for name, value in stats['test_IoU'].items() if value == 100} == set(printed)
+
+
+def test_the_image_is_drawn_under_the_colours_of_its_classes(segmenter, image, answer, tmp_path, capsys):
+    """Claim: a pixel is half its grey value and half the colour of its class; a white line parts the classes."""
+    answer(bands(120, 60, 3, 0, 3))
+    run('--checkpoint', segmenter, '--image', image, '--out', tmp_path / 'o.png')
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        ' 66.67 %  cat', ' 33.33 %  wall', f'{tmp_path}/o.png: 2 classes; labels in {tmp_path}/o_labels.png']
+    drawn, grey = pixels_of(tmp_path / 'o.png'), np.array(Image.open(image).convert('L')).astype(int)
+    assert len(drawn) == 60 and drawn.shape[1] > 120
+    for columns, k in ((np.s_[:39], 3), (np.s_[42:79], 0), (np.s_[82:120], 3)):
+        expected = (grey[:, columns, None] + np.array(predict.class_colour(k))) / 2
+        assert np.abs(drawn[:, columns] - expected).max() <= 1
+    for border in (40, 80):
+        white = (drawn[:, border - 1:border + 2] == 255).all((0, 2))
+        assert white.any() and np.array_equal(np.array(Image.open(tmp_path / 'o_labels.png'))[0], bands(120, 1, 4, 1, 4)[0])
+
+
+def test_a_class_has_one_colour_in_all_pictures():
+    """Claim: pictures can be compared; the next class in the list has another hue, also where there are 150."""
+    grey = Image.new('RGB', (90, 90), (100, 100, 100))
+    some, more = (np.array(predict.draw_segments(grey, bands(90, 90, *found).astype(np.uint8), found, ['x'] * 9)).astype(int)
+                  for found in ((7, 2), (1, 4, 7)))
+    assert np.array_equal(some[50, 5], more[50, 80]) and not np.array_equal(some[50, 5], more[50, 5])
+    colours = np.array([predict.class_colour(k) for k in range(150)]).astype(int)
+    assert np.abs(np.diff(colours, axis=0)).max(1).min() > 80
+    few = colours[:30]
+    assert min(np.abs(a - b).max() for k, a in enumerate(few) for b in few[:k]) > 35
+
+
+@pytest.mark.parametrize('size', [(1, 1), (8, 30), (60, 9), (128, 96), (1000, 2000)])
+def test_the_legend_names_the_classes_beside_the_image(size, monkeypatch):
+    """Claim: every class that is present has its colour and name, the largest first; nothing is covered or cut off."""
+    written, draw = [], predict.ImageDraw.ImageDraw.text
+
+    def text(self, at, words, fill, font, anchor):
+        written.append((*at, words, font))
+        draw(self, at, words, fill, font, anchor=anchor)
+
+    monkeypatch.setattr(predict.ImageDraw.ImageDraw, 'text', text)
+    prediction = np.zeros(size[::-1], np.uint8)
+    present = [0, 2, 1, 3, 4] * 2
+    picture = predict.draw_segments(Image.new('RGB', size, 'white'), prediction, present, [*SEG_CLASSES[:4], 'n' * 400])
+    assert [words for *_, words, _ in written] == ['wall', 'grass', 'sky, cloudy', 'cat', 'n' * 32] * 2
+    assert np.array_equal(np.array(picture)[:size[1], :size[0]].reshape(-1, 3).mean(0).round(),
+                          (255 + np.array(predict.class_colour(0)) + 1) // 2)  # the image, and nothing over it
+    last = 0
+    for (x, y, words, font), k in zip(written, present):
+        left, top, right, bottom = font.getbbox(words, anchor='lm')
+        assert size[0] < x and x + right <= picture.width and last <= y + top and y + bottom <= picture.height
+        assert picture.getpixel((size[0] + (x - size[0]) // 2, y)) == predict.class_colour(k)  # left of the name
+        assert max(11, max(size) / 55) <= font.size <= max(11, max(size) / 45)
+        last = y + bottom
+
+
+def test_label_and_picture_are_called_after_the_image_and_may_be_drawn_again(segmenter, image, tmp_path, monkeypatch):
+    """Claim: without --out both lie in the current folder, a second run replaces them, and the image stays."""
+    (tmp_path / 'here').mkdir()
+    monkeypatch.chdir(tmp_path / 'here')
+    before = image.read_bytes()
+    for _ in range(2):
+        run('--checkpoint', segmenter, '--image', image)
+    assert sorted(path.name for path in Path().iterdir()) == ['a_pred.png', 'a_pred_labels.png']
+    assert image.read_bytes() == before
+    run('--checkpoint', segmenter, '--image', image, '--out', 'o.jpg')  # labels are never a JPEG
+    assert Path('o_labels.png').read_bytes() == Path('a_pred_labels.png').read_bytes()
+    assert Image.open('o.jpg').format == 'JPEG' and Image.open('o.jpg').size == Image.open('a_pred.png').size
+
+
+@pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'P', 'RGBA'])
+def test_images_of_any_mode_are_read_as_in_evaluation(segmenter, image, tmp_path, mode):
+    """Claim: grey, transparent and palette images give the labels of what specific_distill_seg.py reads from them."""
+    source = Image.open(image).convert('RGB')
+    source.putalpha(source.convert('L'))
+    (source if mode == 'RGBA' else source.convert(mode)).save(tmp_path / 'm.png')
+    pixels = specific_distill_seg.read_image(tmp_path / 'm.png')
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / 'rgb.png')
+    for name in ('m', 'rgb'):
+        run('--checkpoint', segmenter, '--image', tmp_path / f'{name}.png', '--out', tmp_path / f'{name}_o.png')
+    assert (tmp_path / 'm_o.png').read_bytes() == (tmp_path / 'rgb_o.png').read_bytes()
+    assert (tmp_path / 'm_o_labels.png').read_bytes() == (tmp_path / 'rgb_o_labels.png').read_bytes()
+
+
+def test_the_program_runs_from_any_folder(segmenter, image, tmp_path):
+    """Claim: the documented command works as a program; a mistake gives one line and a failing status."""
+    (tmp_path / 'here').mkdir()
+    for extra, status in (([], 0), (['--score', '0.1'], 1)):
+        result = subprocess.run([sys.executable, predict.__file__, '--checkpoint', segmenter, '--image', image, *extra],
+                                check=False, capture_output=True, text=True, cwd=tmp_path / 'here', env=environment())
+        assert result.returncode == status, result.stderr
+        assert len(result.stderr.splitlines()) == status
+    assert sorted(path.name for path in (tmp_path / 'here').iterdir()) == ['a_pred.png', 'a_pred_labels.png']

@@ -9,6 +9,8 @@ import pytest
 import toy_data
 from PIL import Image
 
+import specific_distill_seg
+
 TOOLS = Path(__file__).resolve().parents[1] / 'tools'
 
 SMALL = ('--size', '32', '--train', '26', '--val', '12', '--scenes', '16', '--val_scenes', '6')
@@ -144,6 +146,15 @@ def test_labels_are_zero_for_ignore_and_classes_from_one(toy):
         for image_id in range(1, 7):
             seen |= set(np.unique(ade_labels(toy, split, image_id)).tolist())
     assert seen == set(range(len(toy_data.ADE_CLASSES) + 1))
+
+
+def test_the_names_of_the_labels_lie_beside_them(toy):
+    """Claim: OUT/ade/classes.txt has a line for every label but 0, and the segmentation script reads it."""
+    lines = (toy / 'ade/classes.txt').read_text().splitlines()
+    assert lines == ['1 grass', '2 sand', '3 water', '4 pole', '5 circle', '6 square', '7 triangle', '8 star']
+    words = ['--data_path', str(toy / 'ade'), '--reduce_zero_label']
+    args = specific_distill_seg.get_args_parser().parse_args(words)
+    assert specific_distill_seg.read_classes(args, ()) == list(toy_data.ADE_CLASSES)
 
 
 def test_rle_counts_down_the_columns_and_starts_with_zeros():

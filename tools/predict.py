@@ -3,8 +3,8 @@
 Reads:  --checkpoint   checkpoint.pth of a specific_distill_*.py, or a public classifier (give its --model then)
         --image        any file that Pillow reads; it is prepared exactly as in evaluation
 Writes: --out, of a detector: the image in its own size with masks, boxes, names and scores
-        --out, of a segmentation network: the image in its own size under the classes' colours, a legend beside it; and
-        OUT_labels.png, the label of each pixel as in annotations/ of the training data
+        --out, of a segmentation network: the image in its own size, in grey under the classes' colours, a legend beside
+        it; and NAME_labels.png with the label of each pixel, as in annotations/ of the training data
 Run:    python tools/predict.py --checkpoint runs/cifar10/seed0/g2sd/checkpoint.pth --image horse.jpg
         python tools/predict.py --checkpoint runs/coco/seed0/det_g2sd/checkpoint.pth --image street.jpg --out found.png
         python tools/predict.py --checkpoint runs/ade20k/seed0/seg_g2sd/checkpoint.pth --image street.jpg
@@ -176,13 +176,13 @@ def check_out(out, image):
     if out.suffix.lower() not in ('.png', '.jpg', '.jpeg') or not out.parent.is_dir():
         raise models.InputError(f'--out {out} must end in .png or .jpg, in an existing folder')
     if out.exists() and out.samefile(image):
-        raise models.InputError(f'--out {out} is the image itself: choose another name')
+        raise models.InputError(f'{out} is the image itself: choose another --out')
     try:
         drawn_here = not out.exists() or Image.open(out).getexif().get(ExifTags.Base.Software) == MARK
     except Exception:  # as in open_image
         drawn_here = False
     if not drawn_here:
-        raise models.InputError(f'--out {out} exists, and this tool did not draw it: choose another name')
+        raise models.InputError(f'{out} exists, and this tool did not draw it: choose another --out')
 
 
 def save_marked(picture, path):
@@ -221,23 +221,29 @@ def segment(model, image, args):
 
 
 def class_colour(index):
-    """RGB of a class, the same in all pictures; the golden ratio keeps the hues of neighbours in the list apart."""
-    saturation, value = ((95, 100), (95, 60), (45, 100), (60, 75), (100, 80))[index // 7 % 5]
+    """RGB of a class, the same in all pictures.
+
+    The golden ratio keeps the hues of neighbours in the list apart; every 7 classes the hues come nearer to old ones, so
+    that saturation and brightness change.
+    """
+    saturation, value = ((95, 100), (95, 70), (45, 100), (60, 75), (100, 85))[index // 7 % 5]
     return ImageColor.getrgb(f'hsv({360 * 0.618034 * index % 360}, {saturation}%, {value}%)')
 
 
 def draw_segments(image, prediction, present, classes):
-    """RGB image, class of each pixel (H, W) uint8 -> a copy under half-transparent colours, the legend to its right.
+    """RGB image, class of each pixel (H, W) uint8 -> picture: the image under the classes' colours, a legend to its right.
 
-    present: the classes of the legend, in its order. Regions are parted by a white line.
+    present: the classes of the legend, in its order. The image turns grey, so that its own colours change none of a class;
+    white lines part the regions.
     """
-    colours, regions, long_side = [class_colour(k) for k in range(len(classes))], Image.fromarray(prediction), max(image.size)
+    colours, long_side = [class_colour(k) for k in range(len(classes))], max(image.size)
+    regions = Image.fromarray(prediction)
     regions.putpalette(np.array(colours, np.uint8).tobytes())
     border = np.zeros(prediction.shape, np.uint8)
     border[:, 1:] |= prediction[:, 1:] != prediction[:, :-1]
     border[1:] |= prediction[1:] != prediction[:-1]
-    border = Image.fromarray(255 * border).filter(ImageFilter.MaxFilter(2 * round(long_side / 1000) + 1))
-    image = Image.blend(image, regions.convert('RGB'), 0.5)
+    border = Image.fromarray(255 * border).filter(ImageFilter.MaxFilter(2 * round(long_side / 2000) + 1))
+    image = Image.blend(image.convert('L').convert('RGB'), regions.convert('RGB'), 0.5)
     image.paste('white', mask=border)
     font = ImageFont.load_default(max(11, round(long_side / 50)))
     names, line = [classes[k][:32] for k in present], round(1.4 * font.size)
@@ -308,8 +314,9 @@ def main(args):
     if show is None:
         raise models.InputError(f'{args.checkpoint} holds neither a classifier (of specific_distill_cls.py, MAE, DeiT, '
                                 'timm) nor a network of specific_distill_det.py or specific_distill_seg.py')
+    parser = get_args_parser()
     for flag in ('topk', 'score', 'out', 'model', 'input_size'):
-        if flag not in flags and getattr(args, flag) != get_args_parser().get_default(flag):
+        if flag not in flags and getattr(args, flag) != parser.get_default(flag):
             raise models.InputError(f'--{flag}: {args.checkpoint} is a {what}, which does not take it')
     show(args, checkpoint)
 
