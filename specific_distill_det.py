@@ -650,8 +650,9 @@ def load_detector(name, path, classes, args):
         raise models.InputError(f'{path} holds no detector: give a checkpoint of specific_distill_det.py')
     models.check_classes(checkpoint.get('classes'), classes, path)
     # anchors and windows change what a network does, and no shape tells
+    trained = checkpoint['args'] if isinstance(checkpoint.get('args'), dict) else {}
     for flag in ('input_size', 'window_size', 'fpn_dim', 'head_dim', 'anchor_size'):
-        theirs = (checkpoint.get('args') or {}).get(flag, getattr(args, flag))
+        theirs = trained.get(flag, getattr(args, flag))
         if theirs != getattr(args, flag):
             raise models.InputError(f'{path} was trained with --{flag} {theirs}, not with {getattr(args, flag)}')
     detector = Detector(name, len(classes), args)
@@ -878,8 +879,8 @@ def start_run(args):
     for flag in ('batch_size', 'accum_iter', 'print_freq'):
         if getattr(args, flag) < 1:
             raise models.InputError(f'--{flag} must be at least 1')
-    for flag in ('seed', 'num_workers', 'save_every'):
-        if getattr(args, flag) < 0:
+    for flag in ('seed', 'num_workers', 'save_every', 'lr', 'weight_decay', 'clip_grad'):
+        if (getattr(args, flag) or 0) < 0:
             raise models.InputError(f'--{flag} must not be negative')
     if Path(args.output_dir).is_file():
         raise models.InputError(f'--output_dir {args.output_dir} is a file: give a folder')

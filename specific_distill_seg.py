@@ -92,8 +92,9 @@ def get_args_parser():
     group.add_argument('--data_path', help='folder with images/SPLIT/ and annotations/SPLIT/')
     group.add_argument('--train_split', default='training', help='folder of the training images and labels')
     group.add_argument('--val_split', default='validation', help='folder of the images and labels to evaluate on')
-    group.add_argument('--nb_classes', type=int, help='by default from objectInfo150.txt or classes.txt (a value and a name '
-                                                      'per line) in --data_path, else the largest label')
+    group.add_argument('--nb_classes', type=int,
+                       help='by default from objectInfo150.txt or classes.txt (a value and a name per line) in --data_path, '
+                            'else, with --eval, from the checkpoint, else the largest label')
     group.add_argument('--reduce_zero_label', action=argparse.BooleanOptionalAction, default=True,
                        help='label 0 means ignore and the classes count from 1, as in ADE20K; without it they count from 0')
 
@@ -120,6 +121,8 @@ def resolve_recipe(args):
         raise models.InputError('--data_path is missing: the folder with images/ and annotations/')
     if args.eval and not args.resume:
         raise models.InputError('--eval needs --resume CHECKPOINT, the network to evaluate')
+    if args.eval and args.resume == 'auto':
+        args.resume = str(Path(args.output_dir) / 'checkpoint.pth')
     name = models.parse_name(args.model)
     if args.input_size[0] != args.input_size[-1]:
         raise models.InputError(f'--input_size {" ".join(map(str, args.input_size))}: crops are square, give one side')
@@ -216,19 +219,18 @@ class SegmentationDataset(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.pairs)
 
-    def read(self, index, header_only=False):
-        """(image (3, H, W) uint8, or None if only its header is to be read; label (H, W) uint8) of a pair, checked."""
+    def read(self, index):
+        """(image (3, H, W) uint8, label (H, W) uint8) of a pair, checked."""
         image_path, label_path = self.pairs[index]
         label, first = read_label(label_path, self.args.reduce_zero_label), int(self.args.reduce_zero_label)
         wrong = label[(label >= self.num_classes) & (label != IGNORE)]
         if len(wrong):
             raise models.InputError(f'{label_path} has the label {int(wrong[0]) + first}; the {self.num_classes} classes '
                                     f'are {first} to {self.num_classes + first - 1}: see --nb_classes, --reduce_zero_label')
-        image = None if header_only else read_image(image_path)
-        height, width = read_file(image_path, lambda file: file.size[::-1]) if header_only else image.shape[1:]
-        if (height, width) != label.shape:
-            raise models.InputError(f'{image_path} is {height} high and {width} wide, its label {label.shape[0]} and '
-                                    f'{label.shape[1]}')
+        image = read_image(image_path)
+        if image.shape[1:] != label.shape:
+            raise models.InputError(f'{image_path} is {image.shape[1]} high and {image.shape[2]} wide, its label '
+                                    f'{label.shape[0]} and {label.shape[1]}')
         return image, label
 
     def __getitem__(self, key):
@@ -249,7 +251,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
 
 
 class PhotometricDistortion(v2.RandomPhotometricDistort):
-    """torchvision's brightness, contrast, saturation and hue; it would also permute the colours, mmsegmentation does not."""
+    """torchvision's brightness, contrast, saturation and hue, each with probability 1/2, without its permuted colours."""
 
     def make_params(self, flat_inputs):
         return {**super().make_params(flat_inputs), 'channel_permutation': None}
@@ -291,20 +293,23 @@ def read_classes(args, splits):
         lines = file.read_text(errors='replace').splitlines() if file.is_file() else []
         # the value, then the name: the last of the columns if there are tabs
         found = [re.match(r'\s*(\d+)\s(?:.*\t)?\s*(\S.*?)\s*$', line) for line in lines]
-        names = names or {int(match[1]): match[2] for match in found if match}
+        names = names or {int(match[1]): match[2] for match in found if match and int(match[1]) < IGNORE}
+        if file.is_file() and not names:
+            raise models.InputError(f'{file} has no line with a value and a name, such as `1 wall`: mend or remove it')
     if number is None and names:
         number = max(names) + 1 - first
     if number is None and args.eval:
-        checkpoint = models.read_checkpoint(resume_path(args))
+        checkpoint = models.read_checkpoint(args.resume)
         if not isinstance(checkpoint, dict) or not checkpoint.get('classes'):
-            raise models.InputError(f'{resume_path(args)} names no classes: is it a checkpoint of specific_distill_seg.py?')
+            raise models.InputError(f'{args.resume} names no classes: is it a checkpoint of specific_distill_seg.py?')
         return checkpoint['classes']
     if number is None:
         models.say('reading all labels to count the classes; --nb_classes spares this')
         present = torch.zeros(256, dtype=torch.int64)
         for _, label in itertools.chain(*(pairs[args.rank::args.world_size] for pairs in splits)):
             present[read_label(label, args.reduce_zero_label).unique().long()] = 1
-        number = int((sum_over_processes(present, args)[:IGNORE] * torch.arange(1, IGNORE + 1)).max())
+        seen = sum_over_processes(present, args)[:IGNORE] > 0
+        number = int((seen * torch.arange(1, IGNORE + 1)).max())
     classes = [names.get(value, f'class {value}') for value in range(first, number + first)]
     if not 2 <= number < IGNORE or len(set(classes)) < number:
         raise models.InputError(f'{args.data_path} has {number} classes with {len(set(classes))} different names: there '
@@ -331,7 +336,7 @@ def build_data(args):
     val = SegmentationDataset(val_pairs, len(classes), args, False)
     own_share, labelled = range(args.rank, len(val), args.world_size), 0
     for index in own_share:  # now, not after hours of training
-        labelled += int((val.read(index, header_only=True)[1] != IGNORE).sum())
+        labelled += int((val.read(index)[1] != IGNORE).sum())
     if not sum_over_processes(torch.tensor(labelled), args):
         raise models.InputError(f'no pixel of annotations/{args.val_split} has a class: see --reduce_zero_label')
     options = {'num_workers': args.num_workers, 'pin_memory': args.device.startswith('cuda')}
@@ -460,11 +465,6 @@ class Segmenter(nn.Module):
         return {name for name, _ in self.named_parameters() if re.search('cls_token|pos_embed|relative_position', name)}
 
 
-def resume_path(args):
-    """The checkpoint that --eval --resume means."""
-    return Path(args.output_dir) / 'checkpoint.pth' if args.resume == 'auto' else args.resume
-
-
 def load_segmenter(name, path, classes, args):
     """The network in a checkpoint of this script, frozen and in eval mode. Raises InputError, also for other classes."""
     checkpoint = models.read_checkpoint(path)
@@ -472,9 +472,11 @@ def load_segmenter(name, path, classes, args):
     if 'decode_head.conv_seg.weight' not in state:
         raise models.InputError(f'{path} holds no segmentation network: give a checkpoint of specific_distill_seg.py')
     models.check_classes(checkpoint.get('classes'), classes, path)
-    theirs = (checkpoint.get('args') or {}).get('input_size', args.input_size)
+    trained = checkpoint['args'] if isinstance(checkpoint.get('args'), dict) else {}
+    theirs = trained.get('input_size', args.input_size)
     if theirs != args.input_size:
-        raise models.InputError(f'{path} was trained with --input_size {theirs[0]}, not with {args.input_size[0]}')
+        theirs = theirs[0] if isinstance(theirs, list) else theirs
+        raise models.InputError(f'{path} was trained with --input_size {theirs}, not with {args.input_size[0]}')
     model = Segmenter(name, len(classes), args.input_size[0])
     models.load_exactly(model, state, path)
     models.say(f'segmentation network: {len(state)} entries of {path}')
@@ -586,8 +588,8 @@ def evaluate(model, loader, classes, device, args):
     models.say(f'test: mIoU {stats["test_mIoU"]:.2f} mean accuracy {stats["test_mAcc"]:.2f} pixel accuracy '
                f'{stats["test_aAcc"]:.2f} of {images} images')
     if args.eval:
-        models.say(*(f'\nIoU {"absent" if value is None else f"{value:6.2f}"}  {name}'
-                     for name, value in stats['test_IoU'].items()))
+        models.say('\n'.join(f'IoU {"absent" if value is None else f"{value:6.2f}"}  {name}'
+                             for name, value in stats['test_IoU'].items()))
     return {**stats, 'test_images': images}
 
 
@@ -674,8 +676,8 @@ def start_run(args):
     for flag in ('batch_size', 'accum_iter', 'print_freq'):
         if getattr(args, flag) < 1:
             raise models.InputError(f'--{flag} must be at least 1')
-    for flag in ('seed', 'num_workers', 'save_every'):
-        if getattr(args, flag) < 0:
+    for flag in ('seed', 'num_workers', 'save_every', 'lr', 'weight_decay', 'clip_grad'):
+        if (getattr(args, flag) or 0) < 0:
             raise models.InputError(f'--{flag} must not be negative')
     if Path(args.output_dir).is_file():
         raise models.InputError(f'--output_dir {args.output_dir} is a file: give a folder')
@@ -811,7 +813,7 @@ def main(args):
         teacher = load_segmenter(args.teacher_model, args.teacher_path, classes, args).to(device)
     # 4. student
     if args.eval:
-        model = load_segmenter(args.model, resume_path(args), classes, args).to(device)
+        model = load_segmenter(args.model, args.resume, classes, args).to(device)
         return evaluate(model, val_loader, classes, device, args)
     model_without_ddp = Segmenter(args.model, len(classes), args.input_size[0], args.drop_path)
     if args.finetune:
@@ -820,9 +822,9 @@ def main(args):
         model_without_ddp = nn.SyncBatchNorm.convert_sync_batchnorm(model_without_ddp)
     model = model_without_ddp.to(device)
     if args.distributed:
-        # broadcasting buffers would send every block's table of position indices at each step, 100 MB in all
-        model = torch.nn.parallel.DistributedDataParallel(
-            model, device_ids=[device] if device.type == 'cuda' else None, broadcast_buffers=False)
+        model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
+        # not at each step: the blocks' tables of position indices are 100 MB. As an argument it has two names by version
+        model.broadcast_buffers = False
     # 5. optimizer, schedule, loss scaler
     scale_lr(args, PAPER_BATCH)
     optimizer = create_optimizer_v2(model_without_ddp, opt='adamw', lr=args.lr, weight_decay=args.weight_decay,
