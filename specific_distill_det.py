@@ -880,7 +880,7 @@ def start_run(args):
         if getattr(args, flag) < 1:
             raise models.InputError(f'--{flag} must be at least 1')
     for flag in ('seed', 'num_workers', 'save_every', 'lr', 'weight_decay', 'clip_grad'):
-        if (getattr(args, flag) or 0) < 0:
+        if not (getattr(args, flag) or 0) >= 0:
             raise models.InputError(f'--{flag} must not be negative')
     if Path(args.output_dir).is_file():
         raise models.InputError(f'--output_dir {args.output_dir} is a file: give a folder')

@@ -6,8 +6,8 @@ Writes: --out, of a detector: the image in its own size with masks, boxes, names
         --out, of a segmentation network: the image in its own size, in grey under the classes' colours, a legend beside
         it; and NAME_labels.png with the label of each pixel, as in annotations/ of the training data
 Run:    python tools/predict.py --checkpoint runs/cifar10/seed0/g2sd/checkpoint.pth --image horse.jpg
-        python tools/predict.py --checkpoint runs/coco/seed0/det_g2sd/checkpoint.pth --image street.jpg --out found.png
-        python tools/predict.py --checkpoint runs/ade20k/seed0/seg_g2sd/checkpoint.pth --image street.jpg
+        python tools/predict.py --checkpoint runs/imagenet/seed0/det_g2sd/checkpoint.pth --image street.jpg --out found.png
+        python tools/predict.py --checkpoint runs/imagenet/seed0/seg_g2sd/checkpoint.pth --image street.jpg
 Prints a class per line with its probability; or an object per line with score, class and box (x0 y0 x1 y1 in pixels of
 the image), best first; or a class per line with its share of the pixels, largest first.
 """
