@@ -215,7 +215,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
     def __init__(self, pairs, num_classes, args, is_train):
         self.pairs, self.num_classes, self.args, self.is_train = pairs, num_classes, args, is_train
         self.size = args.input_size[0]
-        self.distort = PhotometricDistortion(hue=(-0.1, 0.1))  # mmsegmentation: 18 of 180; the other ranges are torchvision's
+        self.distort = PhotometricDistortion(hue=(-0.1, 0.1))  # mmsegmentation: 18 of 180; the others are torchvision's
 
     def __len__(self):
         return len(self.pairs)
@@ -387,7 +387,7 @@ def resize(x, size):
 class UPerNet(nn.Module):
     """UPerNet's head: pyramid pooling on the coarsest map, a feature pyramid downwards, all levels fused at the finest.
 
-    Four maps (N, D, h_k, w_k), fine to coarse -> logits (N, C, h_0, w_0). Width D, pool scales and dropout 0.1 as in BEiT.
+    Four maps (N, D, h_k, w_k), fine to coarse -> logits (N, C, h_0, w_0). Width D and dropout 0.1 as in BEiT.
     """
 
     def __init__(self, dim, num_classes, pool_scales=(1, 2, 3, 6)):
