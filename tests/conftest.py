@@ -13,7 +13,8 @@ CLOCK = ('train_seconds', 'train_images_per_second')
 
 
 def environment():
-    return {**os.environ, 'OMP_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'passive'}
+    """Of a process whose bits may be compared with this one's: as many threads, whatever the caller's shell says."""
+    return {**os.environ, 'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'passive'}
 
 
 def log_of(out):

@@ -58,11 +58,6 @@ def run_as_script(monkeypatch, out, *flags):
     return stop.value.code
 
 
-def one_thread():
-    """The environment of a process whose bits are compared with this one's."""
-    return {**environment(), 'MKL_NUM_THREADS': '1'}
-
-
 def ready(*flags, rank=0, world_size=1):
     """Arguments as `main` has them before `build_data`."""
     args = parse('none', *flags)
@@ -986,7 +981,7 @@ def test_the_script_itself_with_workers_ends_with_the_same_bits(toy, chain, tmp_
     """Randomness: another process, two workers, started as a user does; status 0, nothing on stderr."""
     process = subprocess.run(
         [sys.executable, seg.__file__, *command(tmp_path / 'out', *kind_flags('taught', toy, chain), '--num_workers', 2)],
-        check=False, cwd=tmp_path, env=one_thread(), capture_output=True, text=True, timeout=120)
+        check=False, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
     assert process.returncode == 0 and process.stderr == '', process.stderr[-4000:]
     assert process.stdout.splitlines()[-1].startswith('done: 4 iterations')
     assert_same_bits(checkpoint_of(tmp_path / 'out'), checkpoint_of(chain / 'taught'))
@@ -1334,7 +1329,7 @@ def test_a_bad_label_in_a_worker_ends_the_script_in_one_line(toy, tmp_path):
     data, path = bad_copy(toy, tmp_path, 'training', 'label value')
     flags = '--data_path', data, '--num_workers', 1, '--iterations', 8, '--eval_every', 8
     process = subprocess.run([sys.executable, seg.__file__, *command(tmp_path / 'out', *flags)], check=False,
-                             cwd=tmp_path, env=one_thread(), capture_output=True, text=True, timeout=120)
+                             cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
     assert process.returncode == 1
     assert len(process.stderr.splitlines()) == 1 and process.stderr.startswith(f'error: {path} has the label 9; ')
     assert not (tmp_path / 'out/checkpoint.pth').exists() and not (tmp_path / 'out/log.txt').read_text()
@@ -1389,7 +1384,7 @@ def two_processes(toy, chain, tmp_path_factory):
         [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
          str(folder / 'launcher.py'), str(folder)],
         cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**one_thread(), 'PYTHONPATH': os.pathsep.join(map(str, (ROOT, ROOT / 'tests', ROOT / 'tools')))})
+        env={**environment(), 'PYTHONPATH': os.pathsep.join(map(str, (ROOT, ROOT / 'tests', ROOT / 'tools')))})
     try:
         printed, errors = process.communicate(timeout=240)
     except subprocess.TimeoutExpired:
