@@ -557,6 +557,8 @@ def load_pretrained(model, path):
     is missing, unexpected or of another shape raises InputError. Prints and returns `Loaded`.
     """
     state = load_checkpoint(path)
+    if any(k.startswith('backbone.') for k in state):
+        raise InputError(f'{path} is a network for detection or segmentation: give the file that its backbone started from')
     resized = fit_positions(model, state, path)
     own = model.state_dict()
     # timm's Beit keeps the parts of this bias by themselves, and none for the keys: a number that softmax removes

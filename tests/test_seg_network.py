@@ -750,6 +750,16 @@ def test_bias_of_another_shape_is_refused(tmp_path, shape):
     assert re.search(r'blocks\.1\.attn\.(qkv\.bias|[qv]_bias)', message)
 
 
+@pytest.mark.parametrize('prefix', ['', 'module.'])
+@pytest.mark.parametrize('head', ['rpn.head.conv.0.0.weight', 'decode_head.conv_seg.weight'])
+def test_whole_networks_are_no_start_weights(tmp_path, head, prefix):
+    """README: --finetune takes encoders; a network for detection or segmentation is named as what it is."""
+    state = {f'{prefix}backbone.{name}': value for name, value in plain_vit().state_dict().items()}
+    torch.save({'model': {**state, prefix + head: torch.zeros(1)}}, tmp_path / 'file.pth')
+    message = refusal(models.load_pretrained, build(seg.Backbone, 'vit_nano_patch16', 64), tmp_path / 'file.pth')
+    assert message.startswith(f'{tmp_path / "file.pth"} is a network for detection or segmentation')
+
+
 def test_a_failed_start_changes_no_weight(tmp_path):
     """README: --finetune is strict: what is refused has not been loaded in part."""
     net = build(seg.Backbone, 'vit_nano_patch16', 64)

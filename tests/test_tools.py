@@ -253,6 +253,18 @@ def test_curves_show_miou_against_iterations(tmp_path, monkeypatch):
         assert [curve.dashed for curve in curves] == [True, False, False]
 
 
+def test_stage_1_of_another_table_begins_no_table_2(tmp_path, capsys):
+    """Claim: a folder that holds stage 1 and segmentation shows segmentation alone; stage 1 by itself is shown as such."""
+    write_run(tmp_path / 'teacher_mae', [None], target='pixel')
+    write_run(tmp_path / 'seed0/generic', [None] * 6, target='feature')
+    assert '### Table 2' in table_of(tmp_path, capsys)[1]
+    write_segmentation(tmp_path / 'seed0/seg_g2sd', [44.0])
+    assert table_of(tmp_path, capsys)[1].startswith('### ADE20K')
+    assert Image.open(tmp_path / 'curves.png').size == (1200, 430 + 26)  # one row of panels
+    write_run(tmp_path / 'seed0/g2sd', [80.0], finetune='generic', teacher_path='teacher')
+    assert '### Table 2' in table_of(tmp_path, capsys)[1]
+
+
 def test_results_refuse_a_damaged_detection_log(tmp_path, capsys):
     """Claim: what cannot be read is named; the half line of a run that was killed is no round."""
     home = tmp_path / 'seed0/det_g2sd'

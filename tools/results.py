@@ -391,6 +391,8 @@ def main(args):
     if not args.folder.is_dir():
         raise models.InputError(f'there is no folder {args.folder}')
     cls, det, seg = ({row: read_row(args.folder, row) for row in table} for table in (TABLE_2, TABLE_3, TABLE_ADE))
+    if any(det.values()) or any(seg.values()):  # their stage 1 alone begins no Table 2
+        cls = cls if any(stages[-1] for seeds in cls.values() for stages in seeds) else {}
     tables = [table_2(args.folder, cls)] if any(cls.values()) else []
     tables += [table_3(det)] if any(det.values()) else []
     tables += [table_ade(seg)] if any(seg.values()) else []
