@@ -34,6 +34,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.beit import Beit
 from timm.optim import create_optimizer_v2
 from timm.scheduler import PolyLRScheduler
@@ -47,7 +48,6 @@ import models
 AMP_DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'off': None}
 PAPER_BATCH = 32
 IGNORE = 255  # label of pixels that do not count
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as in MAE
 
 
 def get_args_parser():
@@ -260,7 +260,8 @@ class PhotometricDistortion(v2.RandomPhotometricDistort):
 
 def normalise(image):
     """(3, H, W) uint8 -> float with ImageNet's mean and deviation."""
-    return v2.functional.normalize(v2.functional.to_dtype(image, torch.float32, scale=True), MEAN, STD)
+    image = v2.functional.to_dtype(image, torch.float32, scale=True)
+    return v2.functional.normalize(image, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
 def scaled_size(size, short):
