@@ -42,6 +42,7 @@ RECIPES = {
 }
 AMP_DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'off': None}
 PAPER_BATCH = 4096
+CONSTANT_STEPS = 4  # of an epoch, on which the best constant prediction is measured
 
 
 def get_args_parser():
@@ -83,6 +84,7 @@ def get_args_parser():
     group.add_argument('--skip_bad_images', action='store_true', help='go on past unreadable images, named and counted')
 
     group = parser.add_argument_group('run')
+    group.add_argument('--config', help='args.json of another run: its values, where no flag gives another')
     group.add_argument('--output_dir', default='output_dir', help='where checkpoint.pth, log.txt and args.json go')
     group.add_argument('--resume', help='checkpoint to go on from, or auto: the one in --output_dir if there is one')
     group.add_argument('--save_every', type=int, default=0,
@@ -188,32 +190,64 @@ def pixel_loss(pred, pixels, mask, norm_pix_loss=True):
     return (per_patch * mask).sum() / mask.sum()
 
 
-def stage_losses(model, teacher, images, masking, args):
-    """The terms of the chosen --target, by name; their sum is minimised. `model` may be wrapped by DDP."""
-    pred = model(images, masking)  # (N, 1+L, target_dim), or (N, L, p*p*3) with --target pixel
-    if args.target == 'feature':
-        with torch.no_grad():
-            target = teacher.decoder_features(images, masking, args.target_layer)  # under the student's own mask
+def make_targets(model, teacher, images, masking, args):
+    """What the chosen --target asks for: 'feature' (N, 1+L, D), or 'recon', 'pixel' or both, (N, L, p*p*3)."""
+    targets = {}
+    with torch.no_grad():
+        if args.target == 'feature':  # under the student's own mask
+            targets['feature'] = teacher.decoder_features(images, masking, args.target_layer)
+        if args.target in ('recon', 'recon_gt'):
+            targets['recon'] = teacher.reconstruct(images, masking)
+        if args.target in ('recon_gt', 'pixel'):
+            targets['pixel'] = (model.module if args.distributed else model).patchify(images)
+    return targets
+
+
+def compare(pred, targets, masking, args):
+    """The terms of the loss by name. pred: (N, 1+L, target_dim), or (N, L, p*p*3) with --target pixel."""
+    if 'feature' in targets:
+        target = targets['feature']
         if args.supervise == 'masked':
             hidden = masking.mask.shape[1] - masking.ids_keep.shape[1]
             ids_hidden = masking.mask.argsort(dim=1, descending=True)[:, :hidden]  # no boolean index: it waits for the GPU
             pred, target = (models.take(x[:, 1:], ids_hidden) for x in (pred, target))
         return {'loss_feature': feature_loss(pred, target)}
-    patchify = (model.module if args.distributed else model).patchify
-    if args.target == 'pixel':
-        return {'loss_pixel': pixel_loss(pred, patchify(images), masking.mask, args.norm_pix_loss)}
-    with torch.no_grad():
-        target = teacher.reconstruct(images, masking)
-    pred = pred[:, 1:]  # class token dropped
-    losses = {'loss_recon': recon_loss(pred, target, masking.mask)}
-    if args.target == 'recon_gt':  # equal weights: ours, the paper does not state them
-        losses['loss_pixel'] = pixel_loss(pred, patchify(images), masking.mask, args.norm_pix_loss)
+    pred, losses = pred[:, -masking.mask.shape[1]:], {}  # without the class token, which --target pixel does not predict
+    if 'recon' in targets:
+        losses['loss_recon'] = recon_loss(pred, targets['recon'], masking.mask)
+    if 'pixel' in targets:  # beside the other with equal weight: ours, the paper does not state it
+        losses['loss_pixel'] = pixel_loss(pred, targets['pixel'], masking.mask, args.norm_pix_loss)
     return losses
+
+
+def stage_losses(model, teacher, images, masking, args):
+    """The terms of the chosen --target, by name; their sum is minimised. `model` may be wrapped by DDP."""
+    return compare(model(images, masking), make_targets(model, teacher, images, masking, args), masking, args)
+
+
+def best_constant_loss(targets, masking, args):
+    """Loss of the best prediction that is one vector for all images and tokens: that of a network that does not look.
+
+    targets: as `make_targets` gives them. Returns a scalar. The losses are convex in the vector: L-BFGS finds it.
+    """
+    shape = next(iter(targets.values())).shape
+    vector = torch.zeros(shape[-1], device=masking.mask.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([vector], max_iter=10, line_search_fn='strong_wolfe')
+
+    def closure():
+        optimizer.zero_grad()
+        loss = sum(compare(vector.expand(shape), targets, masking, args).values())
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return closure().detach()
 
 
 def train_one_epoch(model, teacher, loader, optimizer, scheduler, scaler, progress, device, epoch, args):
     """One pass over this process's share of the data; `progress` keeps the means and stops at a non-finite loss."""
     model.train()
+    constant = []  # up to the end of warm-up: whether the network is better than one that has not looked
     for step, ((images, noise), _, bad_files) in progress.watch(loader, epoch):
         progress.check_files(bad_files)
         if step % args.accum_iter == 0:
@@ -234,7 +268,15 @@ def train_one_epoch(model, teacher, loader, optimizer, scheduler, scaler, progre
             scaler.update()
             optimizer.zero_grad()
         progress.add(optimizer, loss=loss, **losses)
-    return progress.means()
+        if epoch <= args.warmup_epochs and step < CONSTANT_STEPS:
+            constant.append(best_constant_loss(make_targets(model, teacher, images, masking, args), masking, args))
+    stats = progress.means()
+    if constant:
+        constant = torch.stack(constant).mean()
+        if args.distributed:
+            dist.all_reduce(constant)
+        stats['constant_loss'] = constant.item() / args.world_size
+    return stats
 
 
 # ---- shared by all scripts, byte-equal: tests/test_shared.py ---------------------------------------------------------
@@ -309,7 +351,8 @@ class Progress:
 def start_run(args):
     """Checks the common flags and the output folder, joins the other processes, prints where the run comes from.
 
-    Returns the device. Sets args.rank, .world_size, .distributed, .device, .amp. Raises InputError; writes nothing.
+    Returns the device. Sets args.rank, .world_size, .distributed, .device, .amp, and for args.json models.PROVENANCE.
+    Raises InputError; writes nothing.
     """
     args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     if args.device.startswith('cuda') and not torch.cuda.is_available():
@@ -338,9 +381,11 @@ def start_run(args):
     with contextlib.suppress(FileNotFoundError):  # no git on this machine
         commit, changes = (subprocess.run(git + words, check=False, capture_output=True, text=True).stdout.strip()
                            for words in (['rev-parse', '--short', 'HEAD'], ['status', '--porcelain', '-uno']))
-    models.say(f'command: {shlex.join(sys.argv)}\ncommit {commit or "unknown"}{" with changes" if changes else ""}, '
-               f'torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}, '
-               f'{args.world_size} x {torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}, amp {args.amp}')
+    args.script = Path(__file__).name
+    args.commit = f'{commit or "unknown"}{" with changes" if changes else ""}'
+    args.versions = f'torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}'
+    args.hardware = f'{args.world_size} x {torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}'
+    models.say(f'command: {shlex.join(sys.argv)}\ncommit {args.commit}, {args.versions}, {args.hardware}, amp {args.amp}')
     return device
 
 
@@ -348,7 +393,7 @@ def scale_lr(args, paper_batch, blr=None):
     """Sets args.lr = blr * effective batch / 256 (MAE's rule) where there is no --lr, and prints the resolved recipe."""
     batch = args.batch_size * args.accum_iter * args.world_size
     args.lr = blr * batch / 256 if args.lr is None else args.lr
-    models.say('arguments:', ' '.join(f'{name}={value}' for name, value in vars(args).items()))
+    models.say('arguments:', *(f'{name}={value}' for name, value in vars(args).items() if name not in models.PROVENANCE))
     models.say(f'effective batch {batch} = {args.batch_size} x {args.accum_iter} steps x {args.world_size} processes, '
                f'lr {args.lr:.3g}')
     if batch != paper_batch:
@@ -412,7 +457,7 @@ def resume_checkpoint(args, model, optimizer, scaler, classes, fixed=(), **train
     if checkpoint['scaler']:  # empty where the run was not in fp16
         scaler.load_state_dict(checkpoint['scaler'])
     changed = [name for name, value in checkpoint['args'].items() if getattr(args, name, value) != value]
-    changed = [name for name in changed if name not in ('resume', 'output_dir', 'rank', 'local_rank')]
+    changed = [name for name in changed if name not in ('config', 'resume', 'output_dir', 'rank', 'local_rank')]
     for name in set(fixed) & set(changed):
         raise models.InputError(f'{path} cannot be resumed: --{name} was {checkpoint["args"][name]}')
     models.say(f'resumed {path} after epoch {checkpoint["epoch"] + 1}' +
@@ -488,6 +533,10 @@ def main(args):
         started = time.time()
         stats = train_one_epoch(model, teacher, loader, optimizer, scheduler, scaler, progress, device, epoch, args)
         seconds += time.time() - started
+        if epoch == args.warmup_epochs and stats['train_loss'] > 0.8 * stats['constant_loss']:
+            models.say(f'warning: after warm-up the loss, {stats["train_loss"]:.4f}, is still above 0.8 x '
+                       f'{stats["constant_loss"]:.4f}, the loss of the best constant prediction: the student has hardly '
+                       'learnt. Check the teacher (tools/visualize.py --check), the learning rate and the data')
         write_log(args, {'epoch': epoch, **stats, 'train_seconds': round(seconds, 2)})
         save_checkpoint(args, epoch, model_without_ddp, optimizer, scaler, None, seconds)
     models.say(f'done: {args.epochs} epochs, {timedelta(seconds=int(seconds))} of training, see {args.output_dir}')
@@ -495,7 +544,7 @@ def main(args):
 
 if __name__ == '__main__':
     try:
-        main(get_args_parser().parse_args())
+        main(models.parse_args(get_args_parser()))
     except (models.InputError, FloatingPointError) as error:  # from a data worker it arrives as the end of a traceback
         sys.exit('error: ' + str(error).splitlines()[-1].removeprefix('models.InputError: '))
     # only after success: a process that fails must not wait here for the others, torchrun ends them when it has gone

@@ -7,11 +7,13 @@ Distillation of Masked Autoencoders" (CVPR 2023); Touvron et al., "Training data
 """
 import argparse
 import hashlib
+import json
 import os
 import pickle
 import pickletools
 import random
 import re
+import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -35,6 +37,41 @@ def say(*words):
     """print() on the first process only, at once."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(*words, flush=True)
+
+
+# what the scripts write into args.json besides their flags: where a run comes from, and its place among the processes
+PROVENANCE = ('script', 'commit', 'versions', 'hardware')
+PROCESS = ('rank', 'local_rank', 'world_size', 'distributed')
+
+
+def parse_args(parser):
+    """The command line's arguments; --config FILE, the args.json of another run, gives those that it leaves out.
+
+    So a run is repeated by its own args.json and another --output_dir. Raises InputError unless the file is of this script.
+    """
+    args = parser.parse_args()
+    if not args.config:
+        return args
+    try:
+        stored = json.loads(Path(args.config).read_text())
+        script, processes = stored['script'], stored['world_size']
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f'--config {args.config} is no args.json of these scripts ({error!r})') from error
+    if script != Path(sys.argv[0]).name:
+        raise InputError(f'--config {args.config} is of {script}, not of {Path(sys.argv[0]).name}')
+    words = []
+    for name, value in stored.items():
+        if name in (*PROVENANCE, *PROCESS, 'config', 'output_dir', 'resume') or value in (None, parser.get_default(name)):
+            continue
+        if isinstance(value, bool):
+            words.append(f'--{name}' if value else f'--no-{name}')
+        elif isinstance(value, list):
+            words += [f'--{name}', *map(str, value)]
+        else:
+            words.append(f'--{name}={value}')
+    if processes != int(os.environ.get('WORLD_SIZE', 1)) and os.environ.get('RANK', '0') == '0':
+        print(f'note: {args.config} is of a run on {processes} processes', flush=True)
+    return parser.parse_args(words + sys.argv[1:])
 
 
 # ------------------------------------------------------------------------------------------------------------- names

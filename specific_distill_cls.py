@@ -98,10 +98,12 @@ def get_args_parser():
     group.add_argument('--skip_bad_images', action='store_true', help='go on past unreadable images, named and counted')
 
     group = parser.add_argument_group('run')
+    group.add_argument('--config', help='args.json of another run: its values, where no flag gives another')
     group.add_argument('--output_dir', default='output_dir', help='where checkpoint.pth, log.txt and args.json go')
     group.add_argument('--resume', help='checkpoint to go on from, or auto: the one in --output_dir if there is one')
     group.add_argument('--eval', action='store_true', help='evaluate the checkpoint given by --resume, and stop')
-    group.add_argument('--eval_every', type=int, default=1, help='epochs between evaluations; the last epoch always has one')
+    group.add_argument('--eval_every', type=int, default=1,
+                       help='epochs between evaluations; the first and the last epoch always have one')
     group.add_argument('--save_every', type=int, default=0,
                        help='also keep checkpoint-N.pth every so many epochs (or rounds); 0: never')
     group.add_argument('--print_freq', type=int, default=50, help='steps between printed lines')
@@ -359,7 +361,8 @@ class Progress:
 def start_run(args):
     """Checks the common flags and the output folder, joins the other processes, prints where the run comes from.
 
-    Returns the device. Sets args.rank, .world_size, .distributed, .device, .amp. Raises InputError; writes nothing.
+    Returns the device. Sets args.rank, .world_size, .distributed, .device, .amp, and for args.json models.PROVENANCE.
+    Raises InputError; writes nothing.
     """
     args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     if args.device.startswith('cuda') and not torch.cuda.is_available():
@@ -388,9 +391,11 @@ def start_run(args):
     with contextlib.suppress(FileNotFoundError):  # no git on this machine
         commit, changes = (subprocess.run(git + words, check=False, capture_output=True, text=True).stdout.strip()
                            for words in (['rev-parse', '--short', 'HEAD'], ['status', '--porcelain', '-uno']))
-    models.say(f'command: {shlex.join(sys.argv)}\ncommit {commit or "unknown"}{" with changes" if changes else ""}, '
-               f'torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}, '
-               f'{args.world_size} x {torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}, amp {args.amp}')
+    args.script = Path(__file__).name
+    args.commit = f'{commit or "unknown"}{" with changes" if changes else ""}'
+    args.versions = f'torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}'
+    args.hardware = f'{args.world_size} x {torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}'
+    models.say(f'command: {shlex.join(sys.argv)}\ncommit {args.commit}, {args.versions}, {args.hardware}, amp {args.amp}')
     return device
 
 
@@ -398,7 +403,7 @@ def scale_lr(args, paper_batch, blr=None):
     """Sets args.lr = blr * effective batch / 256 (MAE's rule) where there is no --lr, and prints the resolved recipe."""
     batch = args.batch_size * args.accum_iter * args.world_size
     args.lr = blr * batch / 256 if args.lr is None else args.lr
-    models.say('arguments:', ' '.join(f'{name}={value}' for name, value in vars(args).items()))
+    models.say('arguments:', *(f'{name}={value}' for name, value in vars(args).items() if name not in models.PROVENANCE))
     models.say(f'effective batch {batch} = {args.batch_size} x {args.accum_iter} steps x {args.world_size} processes, '
                f'lr {args.lr:.3g}')
     if batch != paper_batch:
@@ -462,7 +467,7 @@ def resume_checkpoint(args, model, optimizer, scaler, classes, fixed=(), **train
     if checkpoint['scaler']:  # empty where the run was not in fp16
         scaler.load_state_dict(checkpoint['scaler'])
     changed = [name for name, value in checkpoint['args'].items() if getattr(args, name, value) != value]
-    changed = [name for name in changed if name not in ('resume', 'output_dir', 'rank', 'local_rank')]
+    changed = [name for name in changed if name not in ('config', 'resume', 'output_dir', 'rank', 'local_rank')]
     for name in set(fixed) & set(changed):
         raise models.InputError(f'{path} cannot be resumed: --{name} was {checkpoint["args"][name]}')
     models.say(f'resumed {path} after epoch {checkpoint["epoch"] + 1}' +
@@ -552,7 +557,7 @@ def main(args):
         stats = train_one_epoch(
             model, teacher, loader, optimizer, scheduler, scaler, mixup, progress, device, epoch, args)
         seconds += time.time() - started
-        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
+        if epoch == 0 or (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             stats.update(evaluate(model_without_ddp, val_loader, progress, device, args))
         write_log(args, {'epoch': epoch, **stats, 'train_seconds': round(seconds, 2)})
         save_checkpoint(args, epoch, model_without_ddp, optimizer, scaler, classes, seconds)
@@ -561,7 +566,7 @@ def main(args):
 
 if __name__ == '__main__':
     try:
-        main(get_args_parser().parse_args())
+        main(models.parse_args(get_args_parser()))
     except (models.InputError, FloatingPointError) as error:  # from a data worker it arrives as the end of a traceback
         sys.exit('error: ' + str(error).splitlines()[-1].removeprefix('models.InputError: '))
     # only after success: a process that fails must not wait here for the others, torchrun ends them when it has gone

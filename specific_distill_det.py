@@ -115,6 +115,7 @@ def get_args_parser():
     group.add_argument('--val_images', help='folder in place of val2017/')
 
     group = parser.add_argument_group('run')
+    group.add_argument('--config', help='args.json of another run: its values, where no flag gives another')
     group.add_argument('--output_dir', default='output_dir', help='where checkpoint.pth, log.txt and args.json go')
     group.add_argument('--resume', help='checkpoint to go on from, or auto: the one in --output_dir if there is one')
     group.add_argument('--eval', action='store_true', help='evaluate the checkpoint given by --resume, and stop')
@@ -868,7 +869,8 @@ class Progress:
 def start_run(args):
     """Checks the common flags and the output folder, joins the other processes, prints where the run comes from.
 
-    Returns the device. Sets args.rank, .world_size, .distributed, .device, .amp. Raises InputError; writes nothing.
+    Returns the device. Sets args.rank, .world_size, .distributed, .device, .amp, and for args.json models.PROVENANCE.
+    Raises InputError; writes nothing.
     """
     args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     if args.device.startswith('cuda') and not torch.cuda.is_available():
@@ -897,9 +899,11 @@ def start_run(args):
     with contextlib.suppress(FileNotFoundError):  # no git on this machine
         commit, changes = (subprocess.run(git + words, check=False, capture_output=True, text=True).stdout.strip()
                            for words in (['rev-parse', '--short', 'HEAD'], ['status', '--porcelain', '-uno']))
-    models.say(f'command: {shlex.join(sys.argv)}\ncommit {commit or "unknown"}{" with changes" if changes else ""}, '
-               f'torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}, '
-               f'{args.world_size} x {torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}, amp {args.amp}')
+    args.script = Path(__file__).name
+    args.commit = f'{commit or "unknown"}{" with changes" if changes else ""}'
+    args.versions = f'torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}'
+    args.hardware = f'{args.world_size} x {torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}'
+    models.say(f'command: {shlex.join(sys.argv)}\ncommit {args.commit}, {args.versions}, {args.hardware}, amp {args.amp}')
     return device
 
 
@@ -907,7 +911,7 @@ def scale_lr(args, paper_batch, blr=None):
     """Sets args.lr = blr * effective batch / 256 (MAE's rule) where there is no --lr, and prints the resolved recipe."""
     batch = args.batch_size * args.accum_iter * args.world_size
     args.lr = blr * batch / 256 if args.lr is None else args.lr
-    models.say('arguments:', ' '.join(f'{name}={value}' for name, value in vars(args).items()))
+    models.say('arguments:', *(f'{name}={value}' for name, value in vars(args).items() if name not in models.PROVENANCE))
     models.say(f'effective batch {batch} = {args.batch_size} x {args.accum_iter} steps x {args.world_size} processes, '
                f'lr {args.lr:.3g}')
     if batch != paper_batch:
@@ -971,7 +975,7 @@ def resume_checkpoint(args, model, optimizer, scaler, classes, fixed=(), **train
     if checkpoint['scaler']:  # empty where the run was not in fp16
         scaler.load_state_dict(checkpoint['scaler'])
     changed = [name for name, value in checkpoint['args'].items() if getattr(args, name, value) != value]
-    changed = [name for name in changed if name not in ('resume', 'output_dir', 'rank', 'local_rank')]
+    changed = [name for name in changed if name not in ('config', 'resume', 'output_dir', 'rank', 'local_rank')]
     for name in set(fixed) & set(changed):
         raise models.InputError(f'{path} cannot be resumed: --{name} was {checkpoint["args"][name]}')
     models.say(f'resumed {path} after epoch {checkpoint["epoch"] + 1}' +
@@ -1056,7 +1060,7 @@ def main(args):
 
 if __name__ == '__main__':
     try:
-        main(get_args_parser().parse_args())
+        main(models.parse_args(get_args_parser()))
     except (models.InputError, FloatingPointError) as error:  # from a data worker it arrives as the end of a traceback
         sys.exit('error: ' + str(error).splitlines()[-1].removeprefix('models.InputError: '))
     # only after success: a process that fails must not wait here for the others, torchrun ends them when it has gone
