@@ -4,10 +4,11 @@
 #   make reproduce-table2 SCALE=toy                                  drawn images, minutes on a CPU (make demo)
 #   make reproduce-table3 SCALE=imagenet IMAGENET=... COCO=/data/coco  detection; every row whose start weights are given
 #   make reproduce-ade20k SCALE=imagenet IMAGENET=... ADE20K=/data/ADEChallengeData2016  semantic segmentation
+#   make reproduce-all SCALE=imagenet IMAGENET=... COCO=... ADE20K=... SEEDS="0 1 2"     every table, three times
 #   make -n reproduce-table2 ...                                     shows every command
 
 SCALE ?= imagenet
-SEED ?= 0
+SEEDS ?= 0
 OUT ?= runs
 IMAGENET ?=
 CIFAR10 ?=
@@ -22,13 +23,14 @@ export OMP_NUM_THREADS ?= 1
 endif
 
 RUNS := $(OUT)/$(SCALE)
-ROWS := $(RUNS)/seed$(SEED)
+# % is the seed: a row of a table is a run in each seed's folder, and all share the teachers
+ROW := $(RUNS)/seed%
 # your own checkpoints in place of the teachers that would be made
 TEACHER_MAE ?= $(RUNS)/teacher_mae/final.pth
 TEACHER_CLS ?= $(RUNS)/teacher_cls/final.pth
 TEACHER_DET ?= $(RUNS)/teacher_det/final.pth
 TEACHER_SEG ?= $(RUNS)/teacher_seg/final.pth
-GENERIC ?= $(ROWS)/generic/final.pth
+GENERIC ?= $(ROW)/generic/final.pth
 # start weights of Table 3's other rows, files: DeiT-S and DeiT-S with distillation (300 epochs), DeiT-S (500), DINO-S, iBOT-S
 DEIT ?=
 DEIT_DISTILLED ?=
@@ -42,6 +44,7 @@ NPROC ?= 8
 DATA := $(IMAGENET)
 MAE_TEACHER := mae_vit_base_patch16
 MAE_STUDENT := mae_vit_small_patch16_dec256d4b
+OTHER_LAYERS := 2 6 8
 # MAE's recipe for fine-tuning ViT-B
 TEACHER_CLS_ARGS := --epochs 100 --blr 5e-4 --layer_decay 0.65 --drop_path 0.1
 COCO_DATA := $(COCO)
@@ -58,6 +61,7 @@ DATA := $(CIFAR10)
 COMMON += $(if $(wildcard $(CIFAR10)/cifar-10-batches-py),--data_set CIFAR10)
 MAE_TEACHER := mae_vit_tiny_patch4_dec128d4b
 MAE_STUDENT := mae_vit_micro_patch4_dec64d4b
+OTHER_LAYERS := 1 3 4
 MAE_ARGS := --batch_size 512 --accum_iter 1 --lr 1.5e-3
 TEACHER_MAE_ARGS := --epochs 800
 GENERIC_ARGS := --target_layer 2 --epochs 300
@@ -69,6 +73,7 @@ DATA := $(RUNS)/data
 COMMON := --device $(DEVICE) --input_size 32 --num_workers 0
 MAE_TEACHER := mae_vit_nano_patch4_dec64d2b
 MAE_STUDENT := mae_vit_pico_patch4_dec32d2b
+OTHER_LAYERS := 2
 MAE_ARGS := --batch_size 128 --accum_iter 1 --lr 1e-3 --target_layer 1
 TEACHER_MAE_ARGS := --epochs 150 --warmup_epochs 8
 GENERIC_ARGS := --epochs 90 --warmup_epochs 4
@@ -84,6 +89,7 @@ TOY_ARGS := --size 32 --only imagenet
 COMMON := --device $(DEVICE) --input_size 32 --num_workers 0 --lr 2e-3 --warmup_epochs 3
 MAE_TEACHER := mae_vit_nano_patch8_dec64d2b
 MAE_STUDENT := mae_vit_pico_patch8_dec32d2b
+OTHER_LAYERS := 2
 MAE_ARGS := --batch_size 32 --accum_iter 1 --target_layer 1
 STAGE2_ARGS := --batch_size 32 --aa none --reprob 0 --mixup 0 --cutmix 0 --eval_every 8
 TEACHER_MAE_ARGS := --epochs 40
@@ -112,116 +118,157 @@ CLS_TEACHER := $(call strip_decoder,$(MAE_TEACHER))
 CLS_STUDENT := $(call strip_decoder,$(MAE_STUDENT))
 
 RUN = $(PYTHON) -m torch.distributed.run --standalone --nproc_per_node=$(NPROC)
-STAGE1 = $(RUN) generic_distill.py --data_path $(DATA) --output_dir $(@D) --resume auto --seed $(SEED) \
-	$(COMMON) $(MAE_ARGS)
-STAGE2 = $(RUN) specific_distill_cls.py --data_path $(DATA) --output_dir $(@D) --resume auto --seed $(SEED) \
-	$(COMMON) $(STAGE2_ARGS)
-DET = $(RUN) specific_distill_det.py --data_path $(COCO_DATA) --output_dir $(@D) --resume auto --seed $(SEED) \
-	$(DET_ARGS)
-SEG = $(RUN) specific_distill_seg.py --data_path $(ADE_DATA) --output_dir $(@D) --resume auto --seed $(SEED) \
-	$(SEG_ARGS)
+STAGE1 = $(RUN) generic_distill.py --data_path $(DATA) --output_dir $(@D) --resume auto $(COMMON) $(MAE_ARGS)
+STAGE2 = $(RUN) specific_distill_cls.py --data_path $(DATA) --output_dir $(@D) --resume auto $(COMMON) $(STAGE2_ARGS)
+DET = $(RUN) specific_distill_det.py --data_path $(COCO_DATA) --output_dir $(@D) --resume auto $(DET_ARGS)
+SEG = $(RUN) specific_distill_seg.py --data_path $(ADE_DATA) --output_dir $(@D) --resume auto $(SEG_ARGS)
 # final.pth appears when all epochs are done; checkpoint.pth of an interrupted run is what --resume auto goes on from
 FINISH = ln -f $(@D)/checkpoint.pth $@ && touch $@
 
-.PHONY: help demo test lint diff results clean reproduce-table2 reproduce-table3 reproduce-ade20k data coco ade
+# ---- which rows make a table
+TARGETS := recon recon_gt
+MASK_RATIOS := 0.05 0.25 0.55 0.9
+DET_STARTS := $(foreach name,DEIT DEIT_DISTILLED DEIT_500 DINO IBOT,$(if $($(name)),$(name)))
+det_folder = det_$(shell echo $(1) | tr A-Z a-z)
+reproduce-table2-rows := deit deit_distilled finetuned g2sd
+reproduce-table3-rows := det_finetuned det_g2sd $(foreach name,$(DET_STARTS),$(call det_folder,$(name)))
+reproduce-table4-rows := finetuned g2sd $(foreach target,$(TARGETS),finetuned_$(target) g2sd_$(target))
+reproduce-table5-rows := finetuned $(MASK_RATIOS:%=finetuned_mask%) $(OTHER_LAYERS:%=finetuned_layer%)
+reproduce-ade20k-rows := seg_finetuned seg_g2sd
+ALL := reproduce-table2 reproduce-table4 reproduce-table5 $(if $(filter cifar10,$(SCALE)),,reproduce-table3 reproduce-ade20k)
+reproduce-all-rows := $(foreach table,$(ALL),$($(table)-rows))
+WANTED := $(filter reproduce-%,$(MAKECMDGOALS))
+FINALS := $(sort $(foreach seed,$(SEEDS),$(foreach table,$(WANTED),$($(table)-rows:%=$(RUNS)/seed$(seed)/%/final.pth))))
+
+# what is missing is said before anything is trained
+ifneq ($(filter reproduce-table3 reproduce-ade20k,$(WANTED)),)
+ifeq ($(SCALE),cifar10)
+$(error SCALE=cifar10 has no detection and no segmentation: choose imagenet or toy)
+endif
+endif
+ifneq ($(filter $(if $(filter cifar10,$(SCALE)),,reproduce-all) reproduce-table3,$(WANTED)),)
+ifeq ($(SCALE)-$(wildcard $(COCO_DATA)/annotations),imagenet-)
+$(error set COCO=folder with annotations/, train2017/ and val2017/)
+endif
+$(foreach name,$(DET_STARTS),$(if $(wildcard $($(name))),,$(error $(name)=$($(name)): there is no such file)))
+endif
+ifneq ($(filter $(if $(filter cifar10,$(SCALE)),,reproduce-all) reproduce-ade20k,$(WANTED)),)
+ifeq ($(SCALE)-$(wildcard $(ADE_DATA)/annotations),imagenet-)
+$(error set ADE20K=folder with images/ and annotations/, each with training/ and validation/)
+endif
+endif
+
+.PHONY: help demo test lint diff results clean data coco ade \
+	reproduce-table2 reproduce-table3 reproduce-table4 reproduce-table5 reproduce-ade20k reproduce-all
 .DELETE_ON_ERROR:
+# stage 1's checkpoints are kept
+.SECONDARY:
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 20
-	@echo 'variables:          SCALE=imagenet|cifar10|toy SEED=0 NPROC=8 IMAGENET= CIFAR10= COCO= ADE20K= OUT=runs,'
+	@echo 'variables:          SCALE=imagenet|cifar10|toy SEEDS="0 1 2" NPROC=8 IMAGENET= CIFAR10= COCO= ADE20K= OUT=runs,'
 	@echo '                    your own checkpoints: TEACHER_MAE= TEACHER_CLS= TEACHER_DET= TEACHER_SEG= GENERIC= DEIT= ... (see Makefile)'
 
-# ---- Table 2: G2SD against DeiT with distillation and DeiT, at equal total epochs
-TABLE2 := finetuned g2sd deit_distilled deit
-reproduce-table2: $(TABLE2:%=$(ROWS)/%/final.pth)  ## the paper's Table 2: train every row, print the table
+reproduce-table2: results  ## G2SD against DeiT with distillation and DeiT, at equal total epochs: train every row, print the table
+reproduce-table3: results  ## detection and instance segmentation on COCO
+reproduce-table4: results  ## the targets of stage 1: features, reconstructions, and these with the true pixels
+reproduce-table5: results  ## mask ratios of stage 1, and the teacher's decoder block
+reproduce-ade20k: results  ## semantic segmentation
+reproduce-all: results  ## all tables; at SCALE=cifar10 those of classification
+
+# four images, spread over a folder
+FOUR = $$(find -L $(1) -type f | sort | awk '{name[NR] = $$0} END {for (i = 0; i < 4; i++) print name[int(NR * i / 4) + 1]}')
+SEED_1 = $(RUNS)/seed$(firstword $(SEEDS))
+results: $(FINALS)  ## print the tables of what has been run at this SCALE, and draw curves and pictures
+	@if test -f $(SEED_1)/generic/final.pth && test -d $(DATA)/val; then $(PYTHON) tools/visualize.py \
+		--checkpoint $(SEED_1)/generic/final.pth --out $(RUNS)/stage1.png --images $(call FOUR,$(DATA)/val); fi
+	@if test -f $(SEED_1)/det_g2sd/final.pth; then $(PYTHON) tools/predict.py --checkpoint $(SEED_1)/det_g2sd/final.pth \
+		--out $(RUNS)/detection.png --image $$(printf '%s\n' $(call FOUR,$(COCO_DATA)/val2017) | tail -n 1); fi
+	@if test -f $(SEED_1)/seg_g2sd/final.pth; then $(PYTHON) tools/predict.py --checkpoint $(SEED_1)/seg_g2sd/final.pth \
+		--out $(RUNS)/segmentation.png --image $$(printf '%s\n' $(call FOUR,$(ADE_DATA)/images/validation) | tail -n 1); fi
 	$(PYTHON) tools/results.py $(RUNS)
 
+# ---- the teachers: each is made once, for all tables and seeds
 $(RUNS)/teacher_mae/final.pth: | data
 	$(STAGE1) --seed 0 --target pixel --model $(MAE_TEACHER) $(TEACHER_MAE_ARGS)
 	$(FINISH)
 
 $(RUNS)/teacher_cls/final.pth: $(TEACHER_MAE) | data
-	$(STAGE2) --seed 0 --model $(CLS_TEACHER) --finetune $(TEACHER_MAE) $(TEACHER_CLS_ARGS)
+	$(STAGE2) --seed 0 --model $(CLS_TEACHER) --finetune $< $(TEACHER_CLS_ARGS)
 	$(FINISH)
 
-$(ROWS)/generic/final.pth: $(TEACHER_MAE) | data
-	$(STAGE1) --teacher_model $(MAE_TEACHER) --teacher_path $(TEACHER_MAE) --model $(MAE_STUDENT) $(GENERIC_ARGS)
+$(RUNS)/teacher_det/final.pth: $(TEACHER_MAE) | coco
+	$(DET) --seed 0 --model $(CLS_TEACHER) --finetune $< $(TEACHER_DET_ARGS)
 	$(FINISH)
 
-$(ROWS)/finetuned/final.pth: $(GENERIC) | data
-	$(STAGE2) --model $(CLS_STUDENT) --finetune $(GENERIC) $(FINETUNE_ARGS)
+$(RUNS)/teacher_seg/final.pth: $(TEACHER_MAE) | ade
+	$(SEG) --seed 0 --model $(CLS_TEACHER) --finetune $< $(TEACHER_SEG_ARGS)
 	$(FINISH)
 
-$(ROWS)/g2sd/final.pth: $(GENERIC) $(TEACHER_CLS) | data
-	$(STAGE2) --model $(CLS_STUDENT) --finetune $(GENERIC) \
+# ---- Table 2
+$(ROW)/generic/final.pth: $(TEACHER_MAE) | data
+	$(STAGE1) --seed $* --teacher_model $(MAE_TEACHER) --teacher_path $< --model $(MAE_STUDENT) $(GENERIC_ARGS)
+	$(FINISH)
+
+$(ROW)/finetuned/final.pth: $(GENERIC) | data
+	$(STAGE2) --seed $* --model $(CLS_STUDENT) --finetune $< $(FINETUNE_ARGS)
+	$(FINISH)
+
+$(ROW)/g2sd/final.pth: $(GENERIC) $(TEACHER_CLS) | data
+	$(STAGE2) --seed $* --model $(CLS_STUDENT) --finetune $< \
 		--teacher_model $(CLS_TEACHER) --teacher_path $(TEACHER_CLS) $(FINETUNE_ARGS)
 	$(FINISH)
 
-$(ROWS)/deit_distilled/final.pth: $(TEACHER_CLS) | data
-	$(STAGE2) --model $(CLS_STUDENT) --teacher_model $(CLS_TEACHER) --teacher_path $(TEACHER_CLS) $(SCRATCH_ARGS)
+$(ROW)/deit_distilled/final.pth: $(TEACHER_CLS) | data
+	$(STAGE2) --seed $* --model $(CLS_STUDENT) --teacher_model $(CLS_TEACHER) --teacher_path $(TEACHER_CLS) $(SCRATCH_ARGS)
 	$(FINISH)
 
-$(ROWS)/deit/final.pth: | data
-	$(STAGE2) --model $(CLS_STUDENT) $(SCRATCH_ARGS)
+$(ROW)/deit/final.pth: | data
+	$(STAGE2) --seed $* --model $(CLS_STUDENT) $(SCRATCH_ARGS)
 	$(FINISH)
 
-# ---- Table 3: detection and instance segmentation on COCO
-DET_STARTS := $(foreach name,DEIT DEIT_DISTILLED DEIT_500 DINO IBOT,$(if $($(name)),$(name)))
-det_folder = det_$(shell echo $(1) | tr A-Z a-z)
-TABLE3 := det_finetuned det_g2sd $(foreach name,$(DET_STARTS),$(call det_folder,$(name)))
-ifneq ($(filter reproduce-table3,$(MAKECMDGOALS)),)
-# before anything is trained
-ifeq ($(SCALE),cifar10)
-$(error SCALE=cifar10 has no detection: choose imagenet or toy)
-else ifeq ($(SCALE)-$(wildcard $(COCO_DATA)/annotations),imagenet-)
-$(error set COCO=folder with annotations/, train2017/ and val2017/)
-endif
-$(foreach name,$(DET_STARTS),$(if $(wildcard $($(name))),,$(error $(name)=$($(name)): there is no such file)))
-endif
-reproduce-table3: $(TABLE3:%=$(ROWS)/%/final.pth)  ## the paper's Table 3: train every row, print the table
-	$(PYTHON) tools/results.py $(RUNS)
+# ---- Tables 4 and 5: stage 1 with other flags, $(2), then both kinds of stage 2
+define variant
+$(ROW)/generic_$(1)/final.pth: $(TEACHER_MAE) | data
+	$$(STAGE1) --seed $$* --teacher_model $(MAE_TEACHER) --teacher_path $$< --model $(MAE_STUDENT) $(GENERIC_ARGS) $(2)
+	$$(FINISH)
 
-$(RUNS)/teacher_det/final.pth: $(TEACHER_MAE) | coco
-	$(DET) --seed 0 --model $(CLS_TEACHER) --finetune $(TEACHER_MAE) $(TEACHER_DET_ARGS)
+$(ROW)/finetuned_$(1)/final.pth: $(ROW)/generic_$(1)/final.pth | data
+	$$(STAGE2) --seed $$* --model $(CLS_STUDENT) --finetune $$< $(FINETUNE_ARGS)
+	$$(FINISH)
+
+$(ROW)/g2sd_$(1)/final.pth: $(ROW)/generic_$(1)/final.pth $(TEACHER_CLS) | data
+	$$(STAGE2) --seed $$* --model $(CLS_STUDENT) --finetune $$< \
+		--teacher_model $(CLS_TEACHER) --teacher_path $(TEACHER_CLS) $(FINETUNE_ARGS)
+	$$(FINISH)
+endef
+$(foreach target,$(TARGETS),$(eval $(call variant,$(target),--target $(target))))
+$(foreach ratio,$(MASK_RATIOS),$(eval $(call variant,mask$(ratio),--mask_ratio $(ratio))))
+$(foreach layer,$(OTHER_LAYERS),$(eval $(call variant,layer$(layer),--target_layer $(layer))))
+
+# ---- Table 3
+$(ROW)/det_finetuned/final.pth: $(GENERIC) | coco
+	$(DET) --seed $* --model $(CLS_STUDENT) --finetune $<
 	$(FINISH)
 
-$(ROWS)/det_finetuned/final.pth: $(GENERIC) | coco
-	$(DET) --model $(CLS_STUDENT) --finetune $(GENERIC)
-	$(FINISH)
-
-$(ROWS)/det_g2sd/final.pth: $(GENERIC) $(TEACHER_DET) | coco
-	$(DET) --model $(CLS_STUDENT) --finetune $(GENERIC) --teacher_model $(CLS_TEACHER) --teacher_path $(TEACHER_DET)
+$(ROW)/det_g2sd/final.pth: $(GENERIC) $(TEACHER_DET) | coco
+	$(DET) --seed $* --model $(CLS_STUDENT) --finetune $< --teacher_model $(CLS_TEACHER) --teacher_path $(TEACHER_DET)
 	$(FINISH)
 
 define det_start
-$(ROWS)/$(call det_folder,$(1))/final.pth: $($(1)) | coco
-	$$(DET) --model $(CLS_STUDENT) --finetune $($(1))
+$(ROW)/$(call det_folder,$(1))/final.pth: $($(1)) | coco
+	$$(DET) --seed $$* --model $(CLS_STUDENT) --finetune $$<
 	$$(FINISH)
 endef
 $(foreach name,$(DET_STARTS),$(eval $(call det_start,$(name))))
 
-# ---- semantic segmentation on ADE20K
-SEG_ROWS := seg_finetuned seg_g2sd
-ifneq ($(filter reproduce-ade20k,$(MAKECMDGOALS)),)
-ifeq ($(SCALE),cifar10)
-$(error SCALE=cifar10 has no segmentation: choose imagenet or toy)
-else ifeq ($(SCALE)-$(wildcard $(ADE_DATA)/annotations),imagenet-)
-$(error set ADE20K=folder with images/ and annotations/, each with training/ and validation/)
-endif
-endif
-reproduce-ade20k: $(SEG_ROWS:%=$(ROWS)/%/final.pth)  ## semantic segmentation: train every row, print the table
-	$(PYTHON) tools/results.py $(RUNS)
-
-$(RUNS)/teacher_seg/final.pth: $(TEACHER_MAE) | ade
-	$(SEG) --seed 0 --model $(CLS_TEACHER) --finetune $(TEACHER_MAE) $(TEACHER_SEG_ARGS)
+# ---- ADE20K
+$(ROW)/seg_finetuned/final.pth: $(GENERIC) | ade
+	$(SEG) --seed $* --model $(CLS_STUDENT) --finetune $<
 	$(FINISH)
 
-$(ROWS)/seg_finetuned/final.pth: $(GENERIC) | ade
-	$(SEG) --model $(CLS_STUDENT) --finetune $(GENERIC)
-	$(FINISH)
-
-$(ROWS)/seg_g2sd/final.pth: $(GENERIC) $(TEACHER_SEG) | ade
-	$(SEG) --model $(CLS_STUDENT) --finetune $(GENERIC) --teacher_model $(CLS_TEACHER) --teacher_path $(TEACHER_SEG)
+$(ROW)/seg_g2sd/final.pth: $(GENERIC) $(TEACHER_SEG) | ade
+	$(SEG) --seed $* --model $(CLS_STUDENT) --finetune $< --teacher_model $(CLS_TEACHER) --teacher_path $(TEACHER_SEG)
 	$(FINISH)
 
 # ---- data: checked for the real sets, drawn for the toy, thinned out for a CPU
@@ -253,9 +300,6 @@ coco:
 ade:
 endif
 
-results:  ## print the tables of what has been run at this SCALE, and draw the curves
-	$(PYTHON) tools/results.py $(RUNS)
-
 # ---- a fresh machine needs Python and make only
 VENV := .venv/bin/python
 .venv/installed: requirements.txt requirements-dev.txt
@@ -265,11 +309,9 @@ VENV := .venv/bin/python
 
 demo: .venv/installed  ## install into .venv, draw toy data, run Table 2 in miniature on this CPU
 	$(MAKE) reproduce-table2 SCALE=toy DEVICE=cpu PYTHON=$(VENV) OUT=$(OUT)
-	$(VENV) tools/visualize.py --checkpoint $(OUT)/toy/seed$(SEED)/generic/final.pth --out $(OUT)/toy/stage1.png \
-		--images $$(find $(OUT)/toy/data/imagenet/val -name '*.png' | sort | awk 'NR % 120 == 1' | head -n 4)
-	$(VENV) tools/predict.py --checkpoint $(OUT)/toy/seed$(SEED)/g2sd/final.pth \
+	$(VENV) tools/predict.py --checkpoint $(OUT)/toy/seed$(firstword $(SEEDS))/g2sd/final.pth \
 		--image $$(find $(OUT)/toy/data/imagenet/val -name '*.png' | sort | head -n 1)
-	@echo 'table: $(OUT)/toy/results.md   pictures: $(OUT)/toy/curves.png $(OUT)/toy/stage1.png'
+	@echo 'one page with the table and pictures: $(OUT)/toy/results.md'
 
 test: .venv/installed lint  ## install into .venv, lint, and run all tests
 	$(VENV) -m pytest -q --durations=10 tests
