@@ -1,5 +1,6 @@
 """The tools on what the scripts write: numbers against hand-worked ones, networks against timm, pictures against masks."""
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -64,7 +65,8 @@ def write_rounds(folder, scores, iterations=None, seconds=100.0, size=64, **args
     folder.mkdir(parents=True)
     total = iterations or 40 * len(scores)
     args = {'model': 'vit_nano_patch8', 'input_size': [size, size], 'iterations': total, 'eval_every': 40, 'batch_size': 4,
-            'accum_iter': 1, 'world_size': 1, 'finetune': None, 'teacher_path': None, **args}
+            'accum_iter': 1, 'world_size': 1, 'finetune': None, 'teacher_path': None, 'commit': 'abc1234', 'hardware': '1 x cpu',
+            **args}
     (folder / 'args.json').write_text(json.dumps(args))
     lines = []
     for number, values in enumerate(scores, 1):
@@ -107,7 +109,7 @@ def test_results_report_the_last_epoch_of_each_seed(tmp_path, capsys):
         write_g2sd(tmp_path / f'seed{seed}', [70.0, 99.0, last])
     table, text = table_of(tmp_path, capsys)
     assert table['G2SD-S'][-1] == '82.00 ± 2.00 (n = 3)'  # deviations -2, 0, 2: variance 8 / 2
-    assert table['G2SD-S'][:3] == ['generic 6', 'specific 3', '71 h'] and table['G2SD-S'][4] == '82.5'
+    assert table['G2SD-S'][:3] == ['generic 6', 'specific 3', '71 h'] and table['G2SD-S'][6] == '82.5'
     assert '`seed0/g2sd/log.txt`, `seed1/g2sd/log.txt`, `seed2/g2sd/log.txt`' in text and 'Test images: 50' in text
 
 
@@ -120,8 +122,10 @@ def test_results_time_adds_both_stages_and_leaves_the_teacher_out(tmp_path, caps
     write_run(tmp_path / 'seed0/deit_distilled', [70.0] * 4, seconds=8 * 3600, teacher_path='teacher')
     table, text = table_of(tmp_path, capsys)
     assert 'time (ours, hours)' in text
-    assert table['G2SD-S'][3] == '5.00 ± 1.41 (n = 2)'  # 4 and 6 hours
-    assert table['teacher: MAE ViT-B, fine-tuned'][:4] == ['MAE 1', 'fine-tuning 1', '', '99.00 (n = 1)']
+    assert table['G2SD-S'][3:6] == ['3.50 ± 0.71 (n = 2)', '1.50 ± 0.71 (n = 2)', '5.00 ± 1.41 (n = 2)']  # 3 + 1, 4 + 2 hours
+    assert table['teacher: MAE ViT-B, fine-tuned'][:6] == [
+        'MAE 1', 'fine-tuning 1', '', '90.00 (n = 1)', '9.00 (n = 1)', '99.00 (n = 1)']
+    assert table['DeiT-S with distillation (DeiT⚗)'][3:6] == ['8.00 (n = 1)', '', '8.00 (n = 1)']
     assert '0.63 in the paper (71 / 112); ours: 0.62' in text  # 5 / 8
     assert table['DeiT-S with distillation (DeiT⚗)'][0] == 'supervised + distillation 4'
 
@@ -135,7 +139,7 @@ def test_results_do_not_count_unfinished_runs(tmp_path, capsys):
     write_run(tmp_path / 'seed10/generic', epochs=6, target='feature')
     table, text = table_of(tmp_path, capsys)
     assert table['G2SD-S'][-1] == '81.00 (n = 1); seed1/g2sd: epoch 2/3; seed10/generic: epoch 0/6'
-    assert table['G2SD-S'][3] == '3.33 (n = 1)' and 'time (ours, minutes)' in text
+    assert table['G2SD-S'][5] == '3.33 (n = 1)' and 'time (ours, minutes)' in text
     assert '`seed1/' not in text
 
 
@@ -145,8 +149,8 @@ def test_results_leave_cells_of_missing_runs_empty(tmp_path, capsys):
     for name in ('log.txt', 'args.json'):
         (tmp_path / 'seed0/generic' / name).unlink()
     table, text = table_of(tmp_path, capsys)
-    assert table['DeiT-S'] == ['', '', '53 h', '', '81.4', '']
-    assert table['G2SD-S'] == ['', 'specific 1', '71 h', '', '82.5', '80.00 (n = 1)']
+    assert table['DeiT-S'] == ['', '', '53 h', '', '', '', '81.4', '']
+    assert table['G2SD-S'] == ['', 'specific 1', '71 h', '', '', '', '82.5', '80.00 (n = 1)']
     assert 'ours: not known yet' in text and 'Chance' not in text
 
 
@@ -157,7 +161,7 @@ def test_curves_count_the_epochs_of_both_stages(tmp_path, monkeypatch):
     write_run(tmp_path / 'teacher_cls', [10.0, 90.0], finetune='mae')
     panels = []
     monkeypatch.setattr(results, 'draw_panel', lambda draw, box, title, xlabel, curves, font: panels.append(curves))
-    results.draw_curves({row: results.read_row(tmp_path, row) for row in results.TABLE_2})
+    results.draw_curves({'Table 2': {row: results.read_row(tmp_path, row) for row in results.TABLE_2}}, {}, {})
     accuracy = {curve.colour: curve for curve in panels[0]}
     assert accuracy[results.G2SD.colour].points == [(7, 50.0), (8, 60.0)]
     teacher = accuracy[results.TABLE_2[0].colour]
@@ -190,7 +194,7 @@ def test_results_put_detection_beside_table_3(tmp_path, capsys):
     assert set(table) == {'method', 'teacher: ViTDet-B from MAE', 'G2SD-S w/o S.D', 'G2SD-S'}
     assert '- Test images: 30\n' in text
     assert ('- G2SD-S: vit_nano_patch8 at 64x64. AP: `seed0/det_g2sd/log.txt`, `seed1/det_g2sd/log.txt`. '
-            'Time: `seed0/det_g2sd/log.txt`, `seed1/det_g2sd/log.txt`.\n') in text
+            'Time: `seed0/det_g2sd/log.txt`, `seed1/det_g2sd/log.txt`. Commit: abc1234. Processes: 1 x cpu.\n') in text
     assert '- teacher: ViTDet-B from MAE: vit_nano_patch8 at 128x128. AP: `teacher_det/log.txt`' in text
     assert '`seed2/' not in text and 'det_finetuned/log.txt' not in text
 
@@ -212,8 +216,8 @@ def test_results_of_both_tables_do_not_mix(tmp_path, capsys):
     assert 'Table 3:' not in alone
     write_detection(tmp_path / 'seed0/det_g2sd', [20.0, 40.0], seconds=7200.0)
     _, text = table_of(tmp_path, capsys)
-    table_2, table_3 = text.split('\n### Table 3')
-    assert table_2 == alone and '(ours, minutes)' in table_2 and 'Test images: 50\n' in table_2
+    table_2, table_3 = re.split('\n### Table 3|\n### Is a run', text)[:2]
+    assert table_2 == alone.split('\n### Is a run')[0] and '(ours, minutes)' in table_2 and 'Test images: 50\n' in table_2
     assert cells_of(table_3)['G2SD-S'][2] == '40.00 (n = 1)' and cells_of(table_3)['G2SD-S'][-1] == '2.00 (n = 1)'
     assert 'Test images: 30\n' in table_3 and 'Top-1:' not in table_3
     assert Image.open(tmp_path / 'curves.png').size == (1200, 2 * (430 + 26))  # a row of panels and one line of legend each
@@ -245,7 +249,7 @@ def test_curves_show_miou_against_iterations(tmp_path, monkeypatch):
     panels = {}
     monkeypatch.setattr(results, 'draw_panel', lambda draw, box, title, xlabel, curves, font: panels.update(
         {(title, xlabel): curves}))
-    results.draw_curves({row: results.read_row(tmp_path, row) for row in results.TABLES})
+    results.draw_curves({}, {}, {row: results.read_row(tmp_path, row) for row in results.TABLE_ADE})
     assert list(panels) == [('mIoU, percent', 'iterations'), ('Pixel accuracy, percent', 'iterations')]
     for curves, higher in zip(panels.values(), (0, 30)):
         assert [curve.points for curve in curves] == [
@@ -293,7 +297,7 @@ def test_curves_show_ap_against_iterations(tmp_path, monkeypatch):
     panels = {}
     monkeypatch.setattr(results, 'draw_panel', lambda draw, box, title, xlabel, curves, font: panels.update(
         {(title, xlabel): curves}))
-    results.draw_curves({row: results.read_row(tmp_path, row) for row in results.TABLE_2 + results.TABLE_3})
+    results.draw_curves({}, {row: results.read_row(tmp_path, row) for row in results.TABLE_3}, {})
     assert list(panels) == [('Box AP, percent', 'iterations'), ('Mask AP, percent', 'iterations')]
     for curves, lower in zip(panels.values(), (0, 2)):
         teacher, deit, *g2sd = curves
@@ -318,8 +322,107 @@ def test_every_row_with_runs_is_drawn_in_its_colour(tmp_path):
             assert drawn[0] > 300 and drawn[1] > 300 and drawn[2] >= 45  # a line of 3 x 15 pixels in the legend
         else:
             assert sum(drawn) < 10  # the edges of letters are of many greys
-    for table in (results.TABLE_2, results.TABLE_3, results.TABLE_ADE):
+    for table in (results.TABLE_2, results.TABLE_3, results.TABLE_4, results.TABLE_ADE):
         assert len({row.colour for row in table}) == len(table)
+
+
+def write_variant(home, name, acc1, specific=None, seconds=(60.0, 60.0), **args):
+    """Stage 1 of another kind, its fine-tuning to `acc1`, and specific distillation to `specific`."""
+    write_run(home / f'generic{name}', [None] * 4, seconds=seconds[0], **{'target': 'feature', 'mask_ratio': 0.75,
+                                                                          'target_layer': 4, **args})
+    write_run(home / f'finetuned{name}', acc1, seconds=seconds[1], finetune='generic')
+    if specific:
+        write_run(home / f'g2sd{name}', specific, seconds=seconds[1], finetune='generic', teacher_path='teacher')
+
+
+def part_of(text, title):
+    """The part of results.md under a heading."""
+    return next(part for part in text.split('### ') if part.startswith(title))
+
+
+def test_results_put_the_targets_beside_table_4(tmp_path, capsys):
+    """Claim: Table 4 has each target without and with S.D beside the paper's values, mean over seeds, time per stage."""
+    write_variant(tmp_path / 'seed0', '', [10.0, 70.0], [20.0, 80.0])
+    assert 'Table 4:' not in table_of(tmp_path, capsys)[1]  # its first row is Table 2's
+    for seed, last in enumerate((60.0, 64.0)):
+        write_variant(tmp_path / f'seed{seed}', '_recon', [90.0, last], None, (7200.0, 3600.0 * (1 + seed)), target='recon')
+    write_variant(tmp_path / 'seed0', '_recon_gt', [50.0], [55.0, 57.0], target='recon_gt')
+    _, text = table_of(tmp_path, capsys)
+    table = cells_of(part_of(text, 'Table 4'))
+    assert table['reconstructions, w/o S.D'] == [
+        'generic (recon) 4', 'fine-tuning 2', '2.00 ± 0.00 (n = 2)', '1.50 ± 0.71 (n = 2)', '81.4', '62.00 ± 2.83 (n = 2)']
+    assert table['reconstructions, with S.D'] == ['generic (recon) 4', '', '', '', '81.8', '']
+    assert {method: (cells[-2], cells[-1]) for method, cells in table.items()} == {
+        'stage 1, stage 2': ('paper top-1', 'top-1 (ours)'),
+        'features, w/o S.D': ('82.0', '70.00 (n = 1)'), 'features, with S.D': ('82.5', '80.00 (n = 1)'),
+        'reconstructions, w/o S.D': ('81.4', '62.00 ± 2.83 (n = 2)'), 'reconstructions, with S.D': ('81.8', ''),
+        'reconstructions + ground truth, w/o S.D': ('81.5', '50.00 (n = 1)'),
+        'reconstructions + ground truth, with S.D': ('81.7', '57.00 (n = 1)')}
+    assert '`seed0/finetuned_recon/log.txt`, `seed1/finetuned_recon/log.txt`' in part_of(text, 'Table 4')
+    assert 'Table 5:' not in text
+
+
+def test_results_put_mask_ratios_and_blocks_beside_table_5(tmp_path, capsys):
+    """Claim: Table 5 has the paper's mask ratios in order, others that were run, and decoder blocks without a paper value."""
+    write_variant(tmp_path / 'seed0', '', [70.0])
+    for ratio, last in ((0.05, 61.0), (0.9, 63.0), (0.5, 64.0)):
+        write_variant(tmp_path / 'seed0', f'_mask{ratio}', [last], mask_ratio=ratio)
+    for layer, last in ((2, 65.0), (8, 66.0)):
+        write_variant(tmp_path / 'seed1', f'_layer{layer}', [last], target_layer=layer)
+    _, text = table_of(tmp_path, capsys)
+    rows = list(cells_of(part_of(text, 'Table 5')).items())[1:]
+    assert [(method, *cells[-2:]) for method, cells in rows] == [
+        ('mask ratio 0.05', '81.7', '61.00 (n = 1)'), ('mask ratio 0.25', '81.7', ''), ('mask ratio 0.5', '', '64.00 (n = 1)'),
+        ('mask ratio 0.55', '81.6', ''), ('mask ratio 0.75', '82.0', '70.00 (n = 1)'), ('mask ratio 0.9', '81.8', '63.00 (n = 1)'),
+        ('decoder block 2', '', '65.00 (n = 1)'), ('decoder block 4', '', '70.00 (n = 1)'), ('decoder block 8', '', '66.00 (n = 1)')]
+    assert 'Table 4:' not in text
+
+
+def test_a_folder_that_was_trained_otherwise_is_no_row(tmp_path):
+    """Claim: a number is never taken from a run that its folder's name does not describe."""
+    write_variant(tmp_path / 'seed0', '_mask0.25', [60.0], mask_ratio=0.5)
+    with pytest.raises(models.InputError, match='seed0/generic_mask0.25 was trained with mask_ratio 0.5, but stands for 0.25'):
+        run_tool(results, tmp_path)
+
+
+def test_results_show_the_signs_of_a_healthy_run(tmp_path, capsys):
+    """Claim: the loss from epoch to epoch beside the best constant's, and the accuracy of stage 2's first epoch."""
+    for seed, last in enumerate((80.0, 84.0)):
+        write_run(tmp_path / f'seed{seed}/generic', [None] * 8, target='feature', warmup_epochs=2)
+        write_run(tmp_path / f'seed{seed}/g2sd', [30.0 + 2 * seed, 50.0, last], finetune='generic', teacher_path='teacher')
+    write_run(tmp_path / 'seed2/g2sd', [34.0], epochs=3, finetune='generic', teacher_path='teacher')
+    log = tmp_path / 'seed0/generic/log.txt'
+    log.write_text(log.read_text().replace('"train_loss": 1.0,', '"train_loss": 1.0, "constant_loss": 0.25,'))
+    _, text = table_of(tmp_path, capsys)
+    table = cells_of(part_of(text, 'Is a run healthy?'))
+    assert table['generic: generic 8'] == ['0.2500 (n = 1)', *(  # the loss of epoch k is 1 / k
+        f'{value:.4f} ± 0.0000 (n = 2)' for value in (1, 1 / 3, 1 / 2, 1 / 4, 1 / 8))]
+    assert table['g2sd: specific 3'] == ['32.00 ± 2.00 (n = 3)', '82.00 ± 2.83 (n = 2)']
+    assert 'about 0.02' in text and '36 %' in text
+
+
+def test_results_are_one_page_with_the_pictures_that_are_there(tmp_path, capsys):
+    """Claim: results.md links curves.png, and what `make results` has drawn; nothing that is missing."""
+    write_g2sd(tmp_path / 'seed0', [80.0])
+    draw_image(tmp_path / 'stage1.png')
+    draw_image(tmp_path / 'other.png')
+    _, text = table_of(tmp_path, capsys)
+    assert re.findall(r'!\[[^]]*\]\(([^)]*)\)', text) == ['curves.png', 'stage1.png']
+    assert all((tmp_path / name).is_file() for name in ('curves.png', 'stage1.png'))
+
+
+def test_curves_show_each_first_stage_of_tables_4_and_5_once(tmp_path, monkeypatch):
+    """Claim: a strip per table; rows with and without S.D share one curve of stage 1."""
+    write_variant(tmp_path / 'seed0', '', [70.0, 71.0], [80.0, 81.0])
+    write_variant(tmp_path / 'seed0', '_recon', [60.0, 61.0], [62.0, 63.0], target='recon')
+    write_variant(tmp_path / 'seed0', '_mask0.25', [64.0, 65.0], mask_ratio=0.25)
+    panels = []
+    monkeypatch.setattr(results, 'draw_panel', lambda draw, box, title, xlabel, curves, font: panels.append((title, curves)))
+    run_tool(results, tmp_path)
+    titles = [title for title, _ in panels]
+    assert titles[::2] == [f'Table {number}: test top-1, percent' for number in (2, 4, 5)]
+    assert [len(curves) for _, curves in panels] == [2, 1, 4, 2, 2, 2]
+    assert panels[2][1][2].points == [(5, 60.0), (6, 61.0)]
 
 
 @pytest.mark.parametrize('low, high, expected', [

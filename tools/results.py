@@ -1,15 +1,18 @@
-"""The paper's tables beside our own numbers, and training curves, from a folder of runs.
+"""The paper's tables beside our own numbers, early signs of health, and training curves, from a folder of runs.
 
-Reads:  Table 2: FOLDER/teacher_mae, teacher_cls (one teacher for all seeds), seed<N>/{generic, finetuned, g2sd,
-        deit_distilled, deit}. Table 3: FOLDER/teacher_det, seed<N>/{det_deit, det_deit_distilled, det_deit_500, det_dino,
-        det_ibot, det_scratch, det_finetuned, det_g2sd}. ADE20K: FOLDER/teacher_seg, seed<N>/{seg_finetuned, seg_g2sd}.
+Reads:  FOLDER/teacher_{mae,cls,det,seg}   one of each for all seeds and tables
+        FOLDER/seed<N>/   Table 2: generic, finetuned, g2sd, deit_distilled, deit. Table 3: det_{deit, deit_distilled,
+        deit_500, dino, ibot, scratch, finetuned, g2sd}. Tables 4 and 5: generic_X, finetuned_X, g2sd_X with X = recon,
+        recon_gt, mask<ratio>, layer<block>. ADE20K: seg_{finetuned, g2sd}
         Each is the --output_dir of a script, of which log.txt and args.json count; any may be missing
-Writes: FOLDER/results.md (also printed) and FOLDER/curves.png, both anew from the logs each time
+Writes: FOLDER/results.md (also printed) and FOLDER/curves.png, both anew from the logs each time; results.md shows the
+        pictures that `make results` puts beside it
 Run:    python tools/results.py runs/cifar10
 A number counts when its run is finished, and it is the last epoch's (or round's), never the best: so do the paper's
 tables.
 """
 import argparse
+import itertools
 import json
 import math
 import re
@@ -34,6 +37,7 @@ class Row(NamedTuple):
     colour: str
     paper_box: float = None    # AP on COCO, percent
     paper_mask: float = None
+    trained_with: tuple = ()   # (argument, value) that the first stage must have had, so that no folder is taken for another
 
 
 G2SD = Row('G2SD-S', ('generic', 'g2sd'), False, 71, 82.5, '#c62828')
@@ -56,12 +60,40 @@ TABLE_3 = (
     Row('G2SD-S w/o S.D', ('det_finetuned',), False, None, 82.0, '#ef8f00', 49.9, 44.5),
     Row('G2SD-S', ('det_g2sd',), False, None, 82.5, '#c62828', 50.6, 44.8),
 )
+TABLE_4 = tuple(
+    Row(f'{target}, {how} S.D', (f'generic{name}', f'{folder}{name}'), False, None, top1, colour,
+        trained_with=(('target', f'{name[1:] or "feature"}'),))
+    for target, name, paper in (('features', '', (82.0, 82.5)), ('reconstructions', '_recon', (81.4, 81.8)),
+                                ('reconstructions + ground truth', '_recon_gt', (81.5, 81.7)))
+    for how, folder, top1, colour in zip(('w/o', 'with'), ('finetuned', 'g2sd'), paper, {
+        '': ('#ef8f00', '#c62828'), '_recon': ('#64b5f6', '#0d47a1'), '_recon_gt': ('#81c784', '#1b5e20')}[name]))
+MASK_RATIOS = {0.05: 81.7, 0.25: 81.7, 0.55: 81.6, 0.75: 82.0, 0.9: 81.8}  # the paper's Table 5
+COLOURS = ('#5e35b1', '#1e88e5', '#00897b', '#c62828', '#fb8c00', '#6d4c41', '#ec407a', '#9e9d24', '#546e7a')
 TABLE_ADE = (  # the paper has no table of it
     Row('teacher: UPerNet on ViT-B from MAE', ('teacher_seg',), True, None, None, '#555555'),
     Row('G2SD-S w/o S.D', ('seg_finetuned',), False, None, None, '#ef8f00'),
     Row('G2SD-S', ('seg_g2sd',), False, None, None, '#c62828'),
 )
 TABLES = TABLE_2 + TABLE_3 + TABLE_ADE
+
+
+def table_5(root):
+    """Rows of the paper's Table 5, without S.D: its mask ratios and others that were run; then the decoder blocks."""
+    def found(what, number):
+        return {number(path.name.split(what)[1]) for path in root.glob(f'seed*/finetuned_{what}*')
+                if re.fullmatch(r'[\d.]+', path.name.split(what)[1])}
+
+    rows = [Row(f'mask ratio {ratio:g}', tuple(f'{stage}_mask{ratio:g}' if ratio != 0.75 else stage
+                                               for stage in ('generic', 'finetuned')), False, None, MASK_RATIOS.get(ratio),
+                colour, trained_with=(('mask_ratio', ratio), ('target', 'feature')))
+            for ratio, colour in zip(sorted({*MASK_RATIOS, *found('mask', float)}), itertools.cycle(COLOURS))]
+    layers = {layer: (f'generic_layer{layer}', f'finetuned_layer{layer}') for layer in found('layer', int)}
+    first = next(iter(read_row(root, rows[0]._replace(folders=('generic',), trained_with=()))), None)
+    if layers and first:  # the block of the other rows, which the scale chooses
+        layers[first[0].args['target_layer']] = ('generic', 'finetuned')
+    return rows + [Row(f'decoder block {layer}', layers[layer], False, None, None, colour,
+                       trained_with=(('target_layer', layer), ('target', 'feature')))
+                   for layer, colour in zip(sorted(layers), itertools.cycle(COLOURS))]
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -118,11 +150,19 @@ def read_run(root, name):
 
 
 def read_row(root, row):
-    """Runs of a row, one list per seed that has any: [[stage, ...], ...], with None for a stage that is missing."""
+    """Runs of a row, one list per seed that has any: [[stage, ...], ...], with None for a stage that is missing.
+
+    Raises InputError for a first stage that was not trained as the row says.
+    """
     homes = sorted((path.name for path in root.glob('seed*') if re.fullmatch(r'seed\d+', path.name)),
                    key=lambda name: int(name[4:]))
     seeds = [[read_run(root, '/'.join(filter(None, (home, folder)))) for folder in row.folders]
              for home in ([''] if row.shared else homes)]
+    for run in (stages[0] for stages in seeds if stages[0]):
+        for name, value in row.trained_with:
+            if run.args.get(name, value) != value:
+                raise models.InputError(f'{run.name} was trained with {name} {run.args[name]}, but stands for {value}: '
+                                        'rename or remove it')
     return [stages for stages in seeds if any(stages)]
 
 
@@ -159,11 +199,11 @@ def split_seeds(seeds):
     return counted, running
 
 
-def spread(values):
+def spread(values, digits=2):
     """'81.73 ± 0.21 (n = 3)' with the sample's standard deviation; one value stands alone, and none is empty."""
     if not values:
         return ''
-    return f'{statistics.mean(values):.2f}' + (f' ± {statistics.stdev(values):.2f}' if values[1:] else '') + \
+    return f'{statistics.mean(values):.{digits}f}' + (f' ± {statistics.stdev(values):.{digits}f}' if values[1:] else '') + \
         f' (n = {len(values)})'
 
 
@@ -172,29 +212,43 @@ def paper_value(value):
 
 
 def training_times(split):
-    """({Row: [time of each seed]}, unit): of training, all stages, in the largest unit that the longest row fills.
+    """({Row: [[time of each stage] of each seed]}, unit): of training, in the largest unit that the longest row fills.
 
     split: {Row: what `split_seeds` gave}. A seed whose first stage is missing has a result but no time.
     """
-    seconds = {row: [sum(run.last('train_seconds') for run in stages) for stages in counted if all(stages)]
+    seconds = {row: [[run.last('train_seconds') for run in stages] for stages in counted if all(stages)]
                for row, (counted, _) in split.items()}
-    longest = max(sum(seconds.values(), [0]))
+    longest = max((sum(stages) for seeds in seconds.values() for stages in seeds), default=0)
     unit, size = next(((unit, size) for unit, size in (('hours', 3600), ('minutes', 60)) if longest >= size), ('seconds', 1))
-    return {row: [value / size for value in values] for row, values in seconds.items()}, unit
+    return {row: [[value / size for value in stages] for stages in seeds] for row, seeds in seconds.items()}, unit
+
+
+def describe_stages(seeds):
+    """What each stage of a row did, as in `describe_stage`, '' for none: always two."""
+    return ([' / '.join(sorted({describe_stage(run) for run in stage if run})) for stage in zip(*seeds)] + ['', ''])[:2]
+
+
+def stage_times(times):
+    """Time of each stage over the seeds, and of all together: always three cells."""
+    stages = [spread(values) for values in zip(*times)]
+    return (stages + ['', ''])[:2] + [spread([sum(values) for values in times])]
 
 
 def name_sources(split, number):
-    """Lines: the test images, and the networks and log files behind each row's `number` ('Top-1' or 'AP') and time."""
+    """Lines: the test images, and the networks, log files, commits and machines behind each row's `number` and time."""
     images, lines = set(), []
     for row, (counted, _) in split.items():
         runs = [run for stages in counted for run in stages if run]
         networks = dict.fromkeys(f'{run.args["model"]} at {"x".join(map(str, run.args["input_size"]))}' for run in runs)
         results = [f'`{stages[-1].name}/log.txt`' for stages in counted]
         time = [f'`{run.name}/log.txt`' for stages in counted if all(stages) for run in stages]
+        commits, machines = (', '.join(dict.fromkeys(run.args.get(key, 'not recorded') for run in runs))
+                             for key in ('commit', 'hardware'))
         images |= {stages[-1].last('test_images') for stages in counted}
         lines += [f'- {row.method}: {", then ".join(networks)}. {number}: {", ".join(results)}. '
-                  f'Time: {", ".join(time) or "a stage is missing"}.'] if counted else []
-    return [f'- Test images: {", ".join(map(str, sorted(images)))}', '', 'Networks and logs of each row:', '',
+                  f'Time: {", ".join(time) or "a stage is missing"}. Commit: {commits}. '
+                  f'Processes: {machines}.'] if counted else []
+    return ['', f'- Test images: {", ".join(map(str, sorted(images)))}', '', 'Networks and logs of each row:', '',
             *lines] if lines else []
 
 
@@ -208,22 +262,39 @@ def table_2(root, rows):
     split = {row: split_seeds(seeds) for row, seeds in rows.items()}
     times, unit = training_times(split)
     lines = ['### Table 2: ImageNet classification in the paper, and our runs', '',
-             f'| method | our 1st stage | our 2nd stage | paper time | time (ours, {unit}) | paper top-1 | top-1 (ours) |',
-             '|---|---|---|---|---|---|---|']
+             f'| method | our 1st stage | our 2nd stage | paper time | 1st stage, {unit} | 2nd stage, {unit} | '
+             f'time (ours, {unit}) | paper top-1 | top-1 (ours) |', '|---|---|---|---|---|---|---|---|---|']
     for row, (counted, running) in split.items():
-        stages = [' / '.join(sorted({describe_stage(run) for run in stage if run})) for stage in zip(*rows[row])]
         top1 = spread([stages[-1].last('test_acc1') for stages in counted])
-        lines.append(f'| {row.method} | ' + ' | '.join((stages + ['', ''])[:2] + [
-            f'{row.paper_hours} h' if row.paper_hours else '', spread(times[row]), paper_value(row.paper_top1),
-            '; '.join(filter(None, [top1, *running]))]) + ' |')
+        lines.append(f'| {row.method} | ' + ' | '.join([
+            *describe_stages(rows[row]), f'{row.paper_hours} h' if row.paper_hours else '', *stage_times(times[row]),
+            paper_value(row.paper_top1), '; '.join(filter(None, [top1, *running]))]) + ' |')
     lines += ['', NOTE_2.format(unit=unit), '']
-    ours = [statistics.mean(times[row]) if times[row] else None for row in (G2SD, DEIT_DISTILLED)]
+    ours = [statistics.mean(map(sum, times[row])) if times[row] else None for row in (G2SD, DEIT_DISTILLED)]
     paper = G2SD.paper_hours, DEIT_DISTILLED.paper_hours
     lines.append(f'- Time of {G2SD.method} / {DEIT_DISTILLED.method}: {paper[0] / paper[1]:.2f} in the paper ({paper[0]} / '
                  f'{paper[1]}); ours: ' + (f'{ours[0] / ours[1]:.2f}' if all(ours) else 'not known yet'))
     classes = count_classes(root, rows)
     lines += [f'- Chance level: {100 / classes:.2f} % ({classes} classes)'] if classes else []
     return '\n'.join(lines + name_sources(split, 'Top-1')) + '\n'
+
+
+NOTE_4_5 = """Ours: as in Table 2. The paper's values: ViT-S, decoder features of ViT-B, ImageNet-1k; where it gives none the
+cell is empty."""
+
+
+def table_4_or_5(title, rows):
+    """Markdown of the paper's Table 4 or 5, a line per row. rows: {Row: what `read_row` gave}."""
+    split = {row: split_seeds(seeds) for row, seeds in rows.items()}
+    times, unit = training_times(split)
+    lines = [f'### {title}', '', f'| stage 1, stage 2 | our 1st stage | our 2nd stage | 1st stage, {unit} | '
+             f'2nd stage, {unit} | paper top-1 | top-1 (ours) |', '|---|---|---|---|---|---|---|']
+    for row, (counted, running) in split.items():
+        top1 = spread([stages[-1].last('test_acc1') for stages in counted])
+        lines.append(f'| {row.method} | ' + ' | '.join([
+            *describe_stages(rows[row]), *stage_times(times[row])[:2], paper_value(row.paper_top1),
+            '; '.join(filter(None, [top1, *running]))]) + ' |')
+    return '\n'.join([*lines, '', NOTE_4_5, *name_sources(split, 'Top-1')]) + '\n'
 
 
 NOTE_3 = """Ours: AP in percent (COCO's, mean over IoU 0.50 to 0.95; AP50: at 0.50) after the last round of finished runs,
@@ -247,9 +318,8 @@ def table_3(rows):
         lines.append(f'| {row.method} | ' + ' | '.join([
             paper_value(row.paper_top1), paper_value(row.paper_box), '; '.join(filter(None, [box, *running])),
             paper_value(row.paper_mask), mask, f'{box50} / {mask50}' if counted else '',
-            ' / '.join(map(str, iterations)), spread(times[row])]) + ' |')
-    sources = name_sources(split, 'AP')
-    return '\n'.join([*lines, '', NOTE_3.format(unit=unit)] + (['', *sources] if sources else [])) + '\n'
+            ' / '.join(map(str, iterations)), stage_times(times[row])[-1]]) + ' |')
+    return '\n'.join([*lines, '', NOTE_3.format(unit=unit), *name_sources(split, 'AP')]) + '\n'
 
 
 NOTE_ADE = """Ours: in percent, after the last round of finished runs, never of the best round; mean ± sample standard
@@ -272,9 +342,40 @@ def table_ade(rows):
         iterations = sorted({run.total for (run,) in rows[row]})
         lines.append(f'| {row.method} | ' + ' | '.join([
             '; '.join(filter(None, [spread(values), *running])), part, spread(accuracy), spread(pixels),
-            ' / '.join(map(str, iterations)), spread(times[row])]) + ' |')
-    sources = name_sources(split, 'mIoU')
-    return '\n'.join([*lines, '', NOTE_ADE.format(unit=unit)] + (['', *sources] if sources else [])) + '\n'
+            ' / '.join(map(str, iterations)), stage_times(times[row])[-1]]) + ' |')
+    return '\n'.join([*lines, '', NOTE_ADE.format(unit=unit), *name_sources(split, 'mIoU')]) + '\n'
+
+
+NOTE_HEALTH = """Of all seeds, finished or not: what a healthy run of this scale looks like early on. Best constant: the loss
+of a prediction that is one vector for all images and tokens, on the first batches. In the paper's setting on ImageNet the
+loss is about 0.02 late in stage 1, and stage 2 begins with about 56 % after its first epoch; stuck at 0.2, then 36 %, means
+that the teacher's decoder was never loaded."""
+
+
+def table_of_health(rows):
+    """Markdown: stage 1's loss from epoch to epoch, and stage 2's accuracy after its first. rows: {Row: of `read_row`}."""
+    groups = {}  # {folder: {run's name: run}}
+    for run in (run for seeds in rows.values() for stages in seeds for run in stages if run):
+        groups.setdefault(run.name.split('/')[-1], {})[run.name] = run
+    places = {'in epoch 1': lambda run: 0, 'after warm-up': lambda run: run.args.get('warmup_epochs'),
+              'at a quarter': lambda run: run.total // 4 - 1, 'at half': lambda run: run.total // 2 - 1,
+              'in the last epoch': lambda run: run.total - 1}
+
+    def cells(runs, key, names, digits):
+        return [spread([entry[key] for run in runs.values() for entry in run.log
+                        if entry['epoch'] == places[name](run) and key in entry], digits) for name in names]
+
+    stage1 = [f'| stage 1 | best constant | loss {" | ".join(places)} |', '|---' * 7 + '|']
+    stage2 = ['| stage 2 | top-1 in epoch 1 | in the last epoch |', '|---' * 3 + '|']
+    for name, runs in groups.items():
+        run = next(iter(runs.values()))
+        if 'target' in run.args:
+            values = cells(runs, 'constant_loss', ['in epoch 1'], 4) + cells(runs, 'train_loss', places, 4)
+        else:
+            values = cells(runs, 'test_acc1', ['in epoch 1', 'in the last epoch'], 2)
+        lines = stage1 if 'target' in run.args else stage2
+        lines.append(f'| {name}: {describe_stage(run)} | ' + ' | '.join(values) + ' |')
+    return '\n'.join(['### Is a run healthy?', '', *stage1, '', *stage2, '', NOTE_HEALTH]) + '\n'
 
 
 # ------------------------------------------------------------------------------------------------------------ the curves
@@ -344,22 +445,27 @@ def curves_of(rows, key):
     return curves
 
 
-def draw_curves(rows):
+def draw_curves(cls, det, seg):
     """Picture: for each table that has runs two panels side by side, and their legend; a colour per row.
 
-    Table 2: test top-1 against all epochs of the student, and the first stage's training loss. Table 3: AP of boxes and of
-    masks against iterations; ADE20K: mIoU and pixel accuracy. rows: {Row: what `read_row` gave}, of all tables.
+    Tables 2, 4, 5: test top-1 against all epochs of the student, and the first stage's training loss. Table 3: AP of boxes
+    and of masks against iterations; ADE20K: mIoU and pixel accuracy. cls: {title: {Row: what `read_row` gave}} of the tables
+    of classification; det, seg: {Row: what `read_row` gave}.
     """
-    cls, det, seg = ({row: rows[row] for row in table if rows.get(row)} for table in (TABLE_2, TABLE_3, TABLE_ADE))
-    generic = {G2SD: [stages[:1] for stages in cls.get(G2SD, [])]}
     strips = []  # of two panels: (left, right, title, xlabel, curves)
-    if cls:
-        strips.append([(0, 730, 'Test top-1, percent', 'epochs, all stages', curves_of(cls, 'test_acc1')),
-                       (750, 1175, 'Generic stage: training loss', 'epochs', curves_of(generic, 'train_loss'))])
-    if det:
+    for title, rows in cls.items():
+        rows = {row: seeds for row, seeds in rows.items() if seeds}
+        # rows that share a first stage show it once; the teacher's is another network's
+        first = {row.folders[0]: (row, [stages[:1] for stages in seeds]) for row, seeds in rows.items()
+                 if row.folders[1:] and not row.shared}
+        if rows:
+            strips.append([(0, 730, f'{title}: test top-1, percent', 'epochs, all stages', curves_of(rows, 'test_acc1')),
+                           (750, 1175, 'Generic stage: training loss', 'epochs',
+                            curves_of(dict(first.values()), 'train_loss'))])
+    if any(det.values()):
         strips.append([(0, 560, 'Box AP, percent', 'iterations', curves_of(det, 'test_bbox_AP')),
                        (600, 1160, 'Mask AP, percent', 'iterations', curves_of(det, 'test_mask_AP'))])
-    if seg:
+    if any(seg.values()):
         strips.append([(0, 560, 'mIoU, percent', 'iterations', curves_of(seg, 'test_mIoU')),
                        (600, 1160, 'Pixel accuracy, percent', 'iterations', curves_of(seg, 'test_aAcc'))])
     k = 2  # drawn twice as large, then reduced: smooth lines
@@ -387,23 +493,48 @@ def get_args_parser():
     return parser
 
 
+PICTURES = {'curves.png': 'Training curves', 'stage1.png': 'Stage 1: input, mask, the teacher\'s reconstruction, cosine',
+            'detection.png': 'Detection: a validation image', 'segmentation.png': 'Segmentation: a validation image'}
+
+
 def main(args):
-    if not args.folder.is_dir():
-        raise models.InputError(f'there is no folder {args.folder}')
-    cls, det, seg = ({row: read_row(args.folder, row) for row in table} for table in (TABLE_2, TABLE_3, TABLE_ADE))
-    if any(det.values()) or any(seg.values()):  # their stage 1 alone begins no Table 2
-        cls = cls if any(stages[-1] for seeds in cls.values() for stages in seeds) else {}
-    tables = [table_2(args.folder, cls)] if any(cls.values()) else []
-    tables += [table_3(det)] if any(det.values()) else []
-    tables += [table_ade(seg)] if any(seg.values()) else []
-    if not tables:
+    root = args.folder
+    if not root.is_dir():
+        raise models.InputError(f'there is no folder {root}')
+
+    def read(table):
+        return {row: read_row(root, row) for row in table}
+
+    def begun(rows):  # stage 1 alone belongs to any table
+        return any(stages[-1] for seeds in rows.values() for stages in seeds)
+
+    cls, det, seg, targets, ratios = map(read, (TABLE_2, TABLE_3, TABLE_ADE, TABLE_4, table_5(root)))
+    tables = {}
+    if begun(cls) or not (begun(det) or begun(seg)) and any(cls.values()):
+        tables['Table 2'] = cls
+    # their first rows are Table 2's
+    if any(seeds for row, seeds in targets.items() if row.folders[0] != 'generic'):
+        tables['Table 4'] = targets
+    if any(seeds for row, seeds in ratios.items() if row.folders[0] != 'generic'):
+        tables['Table 5'] = ratios
+    parts = [table_2(root, cls)] if 'Table 2' in tables else []
+    parts += [table_3(det)] if any(det.values()) else []
+    parts += [table_4_or_5('Table 4: targets of stage 1', targets)] if 'Table 4' in tables else []
+    parts += [table_4_or_5('Table 5: mask ratio, and which block of the teacher\'s decoder, without S.D', ratios)
+              ] if 'Table 5' in tables else []
+    parts += [table_ade(seg)] if any(seg.values()) else []
+    if not parts:
         teachers, students = (', '.join(dict.fromkeys(name for row in TABLES if row.shared == shared
                                                       for name in row.folders)) for shared in (True, False))
-        raise models.InputError(f'{args.folder} holds no run: expected {teachers}, or seed<N>/ with {students}')
-    text = '\n'.join(tables)
+        raise models.InputError(f'{root} holds no run: expected {teachers}, or seed<N>/ with {students}')
+    if tables:
+        parts.append(table_of_health({row: seeds for rows in tables.values() for row, seeds in rows.items()}))
+    draw_curves(tables, det, seg).save(root / 'curves.png')
+    parts.append('### Pictures\n\n' + '\n\n'.join(
+        f'{caption}:\n\n![{caption}]({name})' for name, caption in PICTURES.items() if (root / name).exists()) + '\n')
+    text = '\n'.join(parts)
     print(text, end='')
-    (args.folder / 'results.md').write_text(text, encoding='utf-8')
-    draw_curves({**cls, **det, **seg}).save(args.folder / 'curves.png')
+    (root / 'results.md').write_text(text, encoding='utf-8')
 
 
 if __name__ == '__main__':
