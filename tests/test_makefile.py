@@ -100,6 +100,12 @@ def test_a_finished_run_is_not_repeated_and_a_failed_one_goes_on(home):
     assert set(trained(more)) == rows([0], TARGETS | {'generic_recon', 'generic_recon_gt'})
 
 
+def test_drawn_data_is_written_by_one_program_at_a_time(home):
+    """toy_data.py keeps one file for all of its sets: the scenes wait for the pictures, also under -j."""
+    commands, _ = make(home, '-j2', 'coco', 'ade', 'data', 'SCALE=toy')
+    assert [re.search(r'--only ([a-z ]+[a-z])', command)[1] for command in commands] == ['imagenet', 'coco ade']
+
+
 def test_every_seed_reaches_its_rows_and_the_teachers_keep_theirs(home):
     """README: SEEDS are the seeds of the rows, one teacher serves all of them."""
     commands, _ = make(home, 'reproduce-table2', 'reproduce-table5', 'SCALE=toy', 'SEEDS=3 11')
