@@ -47,7 +47,8 @@ PROCESS = ('rank', 'local_rank', 'world_size', 'distributed')
 def parse_args(parser):
     """The command line's arguments; --config FILE, the args.json of another run, gives those that it leaves out.
 
-    So a run is repeated by its own args.json and another --output_dir. Raises InputError unless the file is of this script.
+    So a run is repeated by its own args.json and another --output_dir. Raises InputError for the file of a script with other
+    flags; a copy of the script is no other.
     """
     args = parser.parse_args()
     if not args.config:
@@ -56,12 +57,22 @@ def parse_args(parser):
         stored = json.loads(Path(args.config).read_text())
         script, processes = stored['script'], stored['world_size']
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f'--config {args.config} is no args.json of these scripts ({error!r})') from error
-    if script != Path(sys.argv[0]).name:
-        raise InputError(f'--config {args.config} is of {script}, not of {Path(sys.argv[0]).name}')
+        raise InputError(f'--config {args.config} is no args.json of these scripts '
+                         f'({type(error).__name__}: {error})') from error
+    # places to write to, and values that a run worked out from a flag that is now given by hand
+    left_out = {*PROVENANCE, *PROCESS, 'config', 'output_dir', 'resume', 'results_json'}
+    by_hand = {word.split('=')[0] for word in sys.argv[1:]}
+    if '--blr' in by_hand:
+        left_out.add('lr')
+    if '--data_path' in by_hand and stored.get('data_path'):
+        left_out |= {name for name in ('train_annotations', 'train_images', 'val_annotations', 'val_images')
+                     if Path(stored.get(name) or '').is_relative_to(stored['data_path'])}
+    foreign = [name for name in stored if name not in {*vars(args), *left_out}]
+    if foreign:
+        raise InputError(f'--config {args.config} is of {script}: {Path(sys.argv[0]).name} has no --{foreign[0]}')
     words = []
     for name, value in stored.items():
-        if name in (*PROVENANCE, *PROCESS, 'config', 'output_dir', 'resume') or value in (None, parser.get_default(name)):
+        if name in left_out or value in (None, parser.get_default(name)):
             continue
         if isinstance(value, bool):
             words.append(f'--{name}' if value else f'--no-{name}')
