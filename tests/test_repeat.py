@@ -606,7 +606,8 @@ def warnings_of(printed):
 def test_a_student_that_does_not_learn_is_warned_of_once_after_the_epoch_that_follows_warm_up(
         warmup, epochs, runs, data, tmp_path, capsys):
     """README, warning of stage 1: once, with both losses; constant_loss is in the log up to there and no further."""
-    run(GENERIC, data, tmp_path, '--teacher_path', runs.first / 'two/checkpoint.pth', '--lr', 0, '--epochs', epochs, '--warmup_epochs', warmup)
+    run(GENERIC, data, tmp_path, '--teacher_path', runs.first / 'two/checkpoint.pth', '--lr', 0, '--epochs', epochs,
+        '--warmup_epochs', warmup)
     lines = log_of(tmp_path)
     assert ['constant_loss' in line for line in lines] == [epoch <= warmup for epoch in range(epochs)]
     [(warning, after)] = warnings_of(capsys.readouterr().out)
@@ -633,7 +634,8 @@ def test_mae_pre_training_is_not_warned_of(runs):
 def test_a_student_that_learns_is_not_warned_of(runs, plain_colours, tmp_path, capsys):
     """README, warning of stage 1: a run that learns, even if it begins above the constant, is left in peace."""
     teacher = runs.first / 'two/checkpoint.pth'
-    run(GENERIC, plain_colours, tmp_path, '--target', 'recon_gt', '--teacher_path', teacher, '--no-norm_pix_loss', '--mask_ratio', 0.5, '--lr', 1e-2, '--epochs', 4,
+    run(GENERIC, plain_colours, tmp_path, '--target', 'recon_gt', '--teacher_path', teacher, '--no-norm_pix_loss',
+        '--mask_ratio', 0.5, '--lr', 1e-2, '--epochs', 4,
         '--warmup_epochs', 2)
     lines = log_of(tmp_path)
     assert lines[0]['train_loss'] > lines[0]['constant_loss'] > 0

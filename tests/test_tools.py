@@ -65,8 +65,8 @@ def write_rounds(folder, scores, iterations=None, seconds=100.0, size=64, **args
     folder.mkdir(parents=True)
     total = iterations or 40 * len(scores)
     args = {'model': 'vit_nano_patch8', 'input_size': [size, size], 'iterations': total, 'eval_every': 40, 'batch_size': 4,
-            'accum_iter': 1, 'world_size': 1, 'finetune': None, 'teacher_path': None, 'commit': 'abc1234', 'hardware': '1 x cpu',
-            **args}
+            'accum_iter': 1, 'world_size': 1, 'finetune': None, 'teacher_path': None, 'commit': 'abc1234',
+            'hardware': '1 x cpu', **args}
     (folder / 'args.json').write_text(json.dumps(args))
     lines = []
     for number, values in enumerate(scores, 1):
@@ -122,7 +122,7 @@ def test_results_time_adds_both_stages_and_leaves_the_teacher_out(tmp_path, caps
     write_run(tmp_path / 'seed0/deit_distilled', [70.0] * 4, seconds=8 * 3600, teacher_path='teacher')
     table, text = table_of(tmp_path, capsys)
     assert 'time (ours, hours)' in text
-    assert table['G2SD-S'][3:6] == ['3.50 ± 0.71 (n = 2)', '1.50 ± 0.71 (n = 2)', '5.00 ± 1.41 (n = 2)']  # 3 + 1, 4 + 2 hours
+    assert table['G2SD-S'][3:6] == ['3.50 ± 0.71 (n = 2)', '1.50 ± 0.71 (n = 2)', '5.00 ± 1.41 (n = 2)']  # 3 + 1, 4 + 2
     assert table['teacher: MAE ViT-B, fine-tuned'][:6] == [
         'MAE 1', 'fine-tuning 1', '', '90.00 (n = 1)', '9.00 (n = 1)', '99.00 (n = 1)']
     assert table['DeiT-S with distillation (DeiT⚗)'][3:6] == ['8.00 (n = 1)', '', '8.00 (n = 1)']
@@ -363,7 +363,7 @@ def test_results_put_the_targets_beside_table_4(tmp_path, capsys):
 
 
 def test_results_put_mask_ratios_and_blocks_beside_table_5(tmp_path, capsys):
-    """Claim: Table 5 has the paper's mask ratios in order, others that were run, and decoder blocks without a paper value."""
+    """Claim: Table 5 has the paper's mask ratios in order, others that were run, and decoder blocks of no paper value."""
     write_variant(tmp_path / 'seed0', '', [70.0])
     for ratio, last in ((0.05, 61.0), (0.9, 63.0), (0.5, 64.0)):
         write_variant(tmp_path / 'seed0', f'_mask{ratio}', [last], mask_ratio=ratio)
@@ -372,16 +372,18 @@ def test_results_put_mask_ratios_and_blocks_beside_table_5(tmp_path, capsys):
     _, text = table_of(tmp_path, capsys)
     rows = list(cells_of(part_of(text, 'Table 5')).items())[1:]
     assert [(method, *cells[-2:]) for method, cells in rows] == [
-        ('mask ratio 0.05', '81.7', '61.00 (n = 1)'), ('mask ratio 0.25', '81.7', ''), ('mask ratio 0.5', '', '64.00 (n = 1)'),
-        ('mask ratio 0.55', '81.6', ''), ('mask ratio 0.75', '82.0', '70.00 (n = 1)'), ('mask ratio 0.9', '81.8', '63.00 (n = 1)'),
-        ('decoder block 2', '', '65.00 (n = 1)'), ('decoder block 4', '', '70.00 (n = 1)'), ('decoder block 8', '', '66.00 (n = 1)')]
+        ('mask ratio 0.05', '81.7', '61.00 (n = 1)'), ('mask ratio 0.25', '81.7', ''),
+        ('mask ratio 0.5', '', '64.00 (n = 1)'), ('mask ratio 0.55', '81.6', ''),
+        ('mask ratio 0.75', '82.0', '70.00 (n = 1)'), ('mask ratio 0.9', '81.8', '63.00 (n = 1)'),
+        ('decoder block 2', '', '65.00 (n = 1)'), ('decoder block 4', '', '70.00 (n = 1)'),
+        ('decoder block 8', '', '66.00 (n = 1)')]
     assert 'Table 4:' not in text
 
 
 def test_a_folder_that_was_trained_otherwise_is_no_row(tmp_path):
     """Claim: a number is never taken from a run that its folder's name does not describe."""
     write_variant(tmp_path / 'seed0', '_mask0.25', [60.0], mask_ratio=0.5)
-    with pytest.raises(models.InputError, match='seed0/generic_mask0.25 was trained with mask_ratio 0.5, but stands for 0.25'):
+    with pytest.raises(models.InputError, match='generic_mask0.25 was trained with mask_ratio 0.5, but stands for 0.25'):
         run_tool(results, tmp_path)
 
 
