@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import models
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [ROOT / 'generic_distill.py', *sorted(ROOT.glob('specific_distill_*.py'))]
 SOURCES = [*SCRIPTS, ROOT / 'models.py', *sorted((ROOT / 'tools').glob('*.py'))]
@@ -293,7 +295,7 @@ def main(args):
 @each_script
 def test_every_argument_that_is_read_exists(path):
     """A name read from args is a flag, or set by start_run: a misspelt one would fail hours into a run."""
-    known = {*flags_of(path), 'rank', 'world_size', 'distributed'}
+    known = {*flags_of(path), 'rank', 'world_size', 'distributed', *models.PROVENANCE}
     assert reads_of_args(path.read_text())[0] <= known
 
 
