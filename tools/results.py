@@ -81,7 +81,7 @@ def table_5(root):
     """Rows of the paper's Table 5, without S.D: its mask ratios and others that were run; then the decoder blocks."""
     def found(what, number):
         return {number(path.name.split(what)[1]) for path in root.glob(f'seed*/finetuned_{what}*')
-                if re.fullmatch(r'[\d.]+', path.name.split(what)[1])}
+                if re.fullmatch(r'\d*\.?\d+', path.name.split(what)[1])}
 
     rows = [Row(f'mask ratio {ratio:g}', tuple(f'{stage}_mask{ratio:g}' if ratio != 0.75 else stage
                                                for stage in ('generic', 'finetuned')), False, None, MASK_RATIOS.get(ratio),
@@ -375,7 +375,8 @@ def table_of_health(rows):
             values = cells(runs, 'test_acc1', ['in epoch 1', 'in the last epoch'], 2)
         lines = stage1 if 'target' in run.args else stage2
         lines.append(f'| {name}: {describe_stage(run)} | ' + ' | '.join(values) + ' |')
-    return '\n'.join(['### Is a run healthy?', '', *stage1, '', *stage2, '', NOTE_HEALTH]) + '\n'
+    lines = [line for table in (stage1, stage2) if table[2:] for line in (*table, '')]
+    return '\n'.join(['### Is a run healthy?', '', *lines, NOTE_HEALTH]) + '\n'
 
 
 # ------------------------------------------------------------------------------------------------------------ the curves
@@ -508,20 +509,18 @@ def main(args):
     def begun(rows):  # stage 1 alone belongs to any table
         return any(stages[-1] for seeds in rows.values() for stages in seeds)
 
-    cls, det, seg, targets, ratios = map(read, (TABLE_2, TABLE_3, TABLE_ADE, TABLE_4, table_5(root)))
-    tables = {}
-    if begun(cls) or not (begun(det) or begun(seg)) and any(cls.values()):
-        tables['Table 2'] = cls
+    cls, det, seg = map(read, (TABLE_2, TABLE_3, TABLE_ADE))
+    tables = {'Table 2': cls} if begun(cls) or not (begun(det) or begun(seg)) and any(cls.values()) else {}
     # their first rows are Table 2's
-    if any(seeds for row, seeds in targets.items() if row.folders[0] != 'generic'):
-        tables['Table 4'] = targets
-    if any(seeds for row, seeds in ratios.items() if row.folders[0] != 'generic'):
-        tables['Table 5'] = ratios
+    if any(root.glob('seed*/*_recon*')):
+        tables['Table 4'] = read(TABLE_4)
+    if any(root.glob('seed*/*_mask*')) or any(root.glob('seed*/*_layer*')):
+        tables['Table 5'] = read(table_5(root))
     parts = [table_2(root, cls)] if 'Table 2' in tables else []
     parts += [table_3(det)] if any(det.values()) else []
-    parts += [table_4_or_5('Table 4: targets of stage 1', targets)] if 'Table 4' in tables else []
-    parts += [table_4_or_5('Table 5: mask ratio, and which block of the teacher\'s decoder, without S.D', ratios)
-              ] if 'Table 5' in tables else []
+    parts += [table_4_or_5(title, tables[title.split(':')[0]]) for title in (
+        'Table 4: targets of stage 1', 'Table 5: mask ratio, and block of the teacher\'s decoder, without S.D')
+        if title.split(':')[0] in tables]
     parts += [table_ade(seg)] if any(seg.values()) else []
     if not parts:
         teachers, students = (', '.join(dict.fromkeys(name for row in TABLES if row.shared == shared
