@@ -533,8 +533,9 @@ def main(args):
         started = time.time()
         stats = train_one_epoch(model, teacher, loader, optimizer, scheduler, scaler, progress, device, epoch, args)
         seconds += time.time() - started
-        # not for --target pixel: a sound MAE of small images may end at 0.75 x the best constant
-        if teacher is not None and epoch == args.warmup_epochs and stats['train_loss'] > 0.8 * stats['constant_loss']:
+        # true pixels are harder than what a teacher says: on small images a sound run may end at 0.75 x the best constant
+        learnt = 'train_loss_pixel' in stats or stats['train_loss'] <= 0.8 * stats.get('constant_loss', math.inf)
+        if epoch == args.warmup_epochs and not learnt:
             models.say(f'warning: after warm-up the loss, {stats["train_loss"]:.4f}, is still above 0.8 x '
                        f'{stats["constant_loss"]:.4f}, the loss of the best constant prediction: the student has hardly '
                        'learnt. Check the teacher (tools/visualize.py --check), the learning rate and the data')

@@ -624,22 +624,24 @@ def test_two_processes_warn_once(runs):
     assert [len(warnings_of((runs.again / f'both.{rank}.txt').read_text())) for rank in (0, 1)] == [1, 0]
 
 
-def test_mae_pre_training_is_not_warned_of(runs):
-    """README, warning of stage 1: a sound MAE of small images may stay near the constant; its log tells both losses."""
-    last = log_of(runs.first / 'two')[1]
+@pytest.mark.parametrize('target', ['pixel', 'recon_gt'])
+def test_a_run_on_true_pixels_is_not_warned_of(target, runs, data, tmp_path, capsys):
+    """README, warning of stage 1: a sound run on small images may stay near the constant; its log tells both losses."""
+    teacher = ('--teacher_path', runs.first / 'two/checkpoint.pth') if target == 'recon_gt' else ()
+    run(GENERIC, data, tmp_path, '--target', target, *teacher, '--lr', 0, '--epochs', 2, '--warmup_epochs', 0)
+    last = log_of(tmp_path)[0]
     assert last['train_loss'] > 0.8 * last['constant_loss']
-    assert not warnings_of((runs.first / 'two.0.txt').read_text())
+    assert not warnings_of(capsys.readouterr().out)
 
 
-def test_a_student_that_learns_is_not_warned_of(runs, plain_colours, tmp_path, capsys):
+@pytest.mark.parametrize('target', ['feature', 'recon'])
+def test_a_student_that_learns_is_not_warned_of(target, runs, plain_colours, tmp_path, capsys):
     """README, warning of stage 1: a run that learns, even if it begins above the constant, is left in peace."""
-    teacher = runs.first / 'two/checkpoint.pth'
-    run(GENERIC, plain_colours, tmp_path, '--target', 'recon_gt', '--teacher_path', teacher, '--no-norm_pix_loss',
-        '--mask_ratio', 0.5, '--lr', 1e-2, '--epochs', 4,
-        '--warmup_epochs', 2)
+    run(GENERIC, plain_colours, tmp_path, '--target', target, '--teacher_path', runs.first / 'two/checkpoint.pth',
+        '--mask_ratio', 0.5, '--lr', 1e-2, '--epochs', 9, '--warmup_epochs', 7)
     lines = log_of(tmp_path)
     assert lines[0]['train_loss'] > lines[0]['constant_loss'] > 0
-    assert lines[2]['train_loss'] < 0.8 * lines[2]['constant_loss']
+    assert lines[7]['train_loss'] < 0.8 * lines[7]['constant_loss']
     assert warnings_of(capsys.readouterr().out) == []
 
 
