@@ -83,17 +83,17 @@ def table_5(root):
         return {number(path.name.split(what)[1]) for path in root.glob(f'seed*/finetuned_{what}*')
                 if re.fullmatch(r'\d*\.?\d+', path.name.split(what)[1])}
 
+    colours = itertools.cycle(COLOURS)
     rows = [Row(f'mask ratio {ratio:g}', tuple(f'{stage}_mask{ratio:g}' if ratio != 0.75 else stage
                                                for stage in ('generic', 'finetuned')), False, None, MASK_RATIOS.get(ratio),
-                colour, trained_with=(('mask_ratio', ratio), ('target', 'feature')))
-            for ratio, colour in zip(sorted({*MASK_RATIOS, *found('mask', float)}), itertools.cycle(COLOURS))]
+                next(colours), trained_with=(('mask_ratio', ratio), ('target', 'feature')))
+            for ratio in sorted({*MASK_RATIOS, *found('mask', float)})]
     layers = {layer: (f'generic_layer{layer}', f'finetuned_layer{layer}') for layer in found('layer', int)}
     first = next(iter(read_row(root, rows[0]._replace(folders=('generic',), trained_with=()))), None)
     if layers and first:  # the block of the other rows, which the scale chooses
         layers[first[0].args['target_layer']] = ('generic', 'finetuned')
-    return rows + [Row(f'decoder block {layer}', layers[layer], False, None, None, colour,
-                       trained_with=(('target_layer', layer), ('target', 'feature')))
-                   for layer, colour in zip(sorted(layers), itertools.cycle(COLOURS))]
+    return rows + [Row(f'decoder block {layer}', layers[layer], False, None, None, next(colours),
+                       trained_with=(('target_layer', layer), ('target', 'feature'))) for layer in sorted(layers)]
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -456,8 +456,9 @@ def draw_curves(cls, det, seg):
     strips = []  # of two panels: (left, right, title, xlabel, curves)
     for title, rows in cls.items():
         rows = {row: seeds for row, seeds in rows.items() if seeds}
-        # rows that share a first stage show it once; the teacher's is another network's
-        first = {row.folders[0]: (row, [stages[:1] for stages in seeds]) for row, seeds in rows.items()
+        # rows that share a first stage show it once, in the colour of one with a curve; the teacher's is another network's
+        ordered = sorted(rows.items(), key=lambda item: any(stages[-1] for stages in item[1]))
+        first = {row.folders[0]: (row, [stages[:1] for stages in seeds]) for row, seeds in ordered
                  if row.folders[1:] and not row.shared}
         if rows:
             strips.append([(0, 730, f'{title}: test top-1, percent', 'epochs, all stages', curves_of(rows, 'test_acc1')),
