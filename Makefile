@@ -83,7 +83,7 @@ FINETUNE_ARGS := --epochs 60
 SCRATCH_ARGS := --epochs 150
 endif
 else ifeq ($(SCALE),toy)
-NPROC ?= 2
+NPROC ?= $(if $(filter cuda,$(DEVICE)),1,2)
 DATA := $(RUNS)/data/imagenet
 TOY_ARGS := --size 32 --only imagenet
 COMMON := --device $(DEVICE) --input_size 32 --num_workers 0 --lr 2e-3 --warmup_epochs 3
@@ -141,6 +141,10 @@ WANTED := $(filter reproduce-%,$(MAKECMDGOALS))
 FINALS := $(sort $(foreach seed,$(SEEDS),$(foreach table,$(WANTED),$($(table)-rows:%=$(RUNS)/seed$(seed)/%/final.pth))))
 
 # what is missing is said before anything is trained
+ifneq ($(WANTED),)
+$(foreach name,TEACHER_MAE TEACHER_CLS TEACHER_DET TEACHER_SEG GENERIC,$(if $(filter-out file,$(origin $(name))),\
+	$(if $(wildcard $($(name))),,$(error $(name)=$($(name)): there is no such file; give a local path))))
+endif
 ifneq ($(filter reproduce-table3 reproduce-ade20k,$(WANTED)),)
 ifeq ($(SCALE),cifar10)
 $(error SCALE=cifar10 has no detection and no segmentation: choose imagenet or toy)
@@ -180,12 +184,12 @@ reproduce-all: results  ## all tables; at SCALE=cifar10 those of classification
 FOUR = $$(find -L $(1) -type f | sort | awk '{name[NR] = $$0} END {for (i = 0; i < 4; i++) print name[int(NR * i / 4) + 1]}')
 SEED_1 = $(RUNS)/seed$(firstword $(SEEDS))
 results: $(FINALS)  ## print the tables of what has been run at this SCALE, and draw curves and pictures
-	@if test -f $(SEED_1)/generic/final.pth && test -d $(DATA)/val; then $(PYTHON) tools/visualize.py \
-		--checkpoint $(SEED_1)/generic/final.pth --out $(RUNS)/stage1.png --images $(call FOUR,$(DATA)/val); fi
-	@if test -f $(SEED_1)/det_g2sd/final.pth; then $(PYTHON) tools/predict.py --checkpoint $(SEED_1)/det_g2sd/final.pth \
-		--out $(RUNS)/detection.png --image $$(printf '%s\n' $(call FOUR,$(COCO_DATA)/val2017) | tail -n 1); fi
-	@if test -f $(SEED_1)/seg_g2sd/final.pth; then $(PYTHON) tools/predict.py --checkpoint $(SEED_1)/seg_g2sd/final.pth \
-		--out $(RUNS)/segmentation.png --image $$(printf '%s\n' $(call FOUR,$(ADE_DATA)/images/validation) | tail -n 1); fi
+	@if test -f $(SEED_1)/generic/final.pth && test -d "$(DATA)/val"; then $(PYTHON) tools/visualize.py \
+		--checkpoint $(SEED_1)/generic/final.pth --out $(RUNS)/stage1.png --images $(call FOUR,$(DATA)/val) || echo "no picture of stage 1"; fi
+	@if test -f $(SEED_1)/det_g2sd/final.pth && test -d "$(COCO_DATA)/val2017"; then $(PYTHON) tools/predict.py --checkpoint $(SEED_1)/det_g2sd/final.pth \
+		--out $(RUNS)/detection.png --image $$(printf '%s\n' $(call FOUR,$(COCO_DATA)/val2017) | tail -n 1) || echo "no picture of detection"; fi
+	@if test -f $(SEED_1)/seg_g2sd/final.pth && test -d "$(ADE_DATA)/images/validation"; then $(PYTHON) tools/predict.py --checkpoint $(SEED_1)/seg_g2sd/final.pth \
+		--out $(RUNS)/segmentation.png --image $$(printf '%s\n' $(call FOUR,$(ADE_DATA)/images/validation) | tail -n 1) || echo "no picture of segmentation"; fi
 	$(PYTHON) tools/results.py $(RUNS)
 
 # ---- the teachers: each is made once, for all tables and seeds

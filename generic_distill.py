@@ -533,7 +533,7 @@ def main(args):
         started = time.time()
         stats = train_one_epoch(model, teacher, loader, optimizer, scheduler, scaler, progress, device, epoch, args)
         seconds += time.time() - started
-        # true pixels are harder than what a teacher says: on small images a sound run may end at 0.75 x the best constant
+        # true pixels are harder than what a teacher says: the demo's sound MAE is at 0.9 x the constant after warm-up
         learnt = 'train_loss_pixel' in stats or stats['train_loss'] <= 0.8 * stats.get('constant_loss', math.inf)
         if epoch == args.warmup_epochs and not learnt:
             models.say(f'warning: after warm-up the loss, {stats["train_loss"]:.4f}, is still above 0.8 x '

@@ -150,6 +150,7 @@ def test_own_checkpoints_take_the_place_of_what_would_be_trained(home):
     (('reproduce-table2', 'SCALE=other'), 'choose imagenet, cifar10 or toy'),
     (('reproduce-table4',), 'set IMAGENET=folder'),
     (('reproduce-all',), 'set COCO=folder'),
+    (('reproduce-table2', 'TEACHER_MAE=nowhere.pth', 'SCALE=toy'), 'TEACHER_MAE=nowhere.pth: there is no such file'),
     (('reproduce-table3', 'DINO=nowhere.pth', 'SCALE=toy'), 'DINO=nowhere.pth: there is no such file')])
 def test_what_is_missing_is_said_before_anything_is_trained(words, message, home):
     """README: one line says what to give."""

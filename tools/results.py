@@ -527,8 +527,8 @@ def main(args):
         teachers, students = (', '.join(dict.fromkeys(name for row in TABLES if row.shared == shared
                                                       for name in row.folders)) for shared in (True, False))
         raise models.InputError(f'{root} holds no run: expected {teachers}, or seed<N>/ with {students}')
-    if tables:
-        parts.append(table_of_health({row: seeds for rows in tables.values() for row, seeds in rows.items()}))
+    if any(cls.values()):
+        parts.append(table_of_health({row: seeds for rows in (cls, *tables.values()) for row, seeds in rows.items()}))
     draw_curves(tables, det, seg).save(root / 'curves.png')
     parts.append('### Pictures\n\n' + '\n\n'.join(
         f'{caption}:\n\n![{caption}]({name})' for name, caption in PICTURES.items() if (root / name).exists()) + '\n')
