@@ -27,7 +27,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import init_distributed_device
@@ -78,6 +77,10 @@ def get_args_parser():
     group.add_argument('--weight_decay', type=float, default=0.05, help='AdamW weight decay, none on 1-D parameters')
     group.add_argument('--clip_grad', type=float, help='largest gradient norm; not clipped unless given')
 
+    group = parser.add_argument_group('augmentation')
+    group.add_argument('--repeated_aug', type=int, default=1,
+                       help='crops and masks of one decoded image in a batch; above 1 where decoding is what a run waits for')
+
     group = parser.add_argument_group('data')
     group.add_argument('--data_path', help='folder of images (or of the CIFAR files)')
     group.add_argument('--data_set', default='folder', choices=['folder', 'CIFAR10', 'CIFAR100'], help='format of the data')
@@ -93,6 +96,8 @@ def get_args_parser():
     group.add_argument('--num_workers', type=int, default=10, help='data-loading processes per training process')
     group.add_argument('--seed', type=int, default=0, help='seed of everything random')
     group.add_argument('--device', help='cuda or cpu; cuda where there is one unless given')
+    group.add_argument('--compile', action='store_true',
+                       help='torch.compile the networks: a minute at the start, then faster steps, equal up to rounding')
     group.add_argument('--amp', choices=['bf16', 'fp16', 'off'],
                        help='autocast type; by default bf16 where the GPU has it, else fp16, and off on a CPU')
     return parser
@@ -108,22 +113,22 @@ def resolve_recipe(args):
             setattr(args, flag, value)
     if not 0 <= args.warmup_epochs < args.epochs:
         raise models.InputError(f'--warmup_epochs {args.warmup_epochs} must be at least 0 and below --epochs {args.epochs}')
+    if args.repeated_aug < 1 or args.batch_size % args.repeated_aug:
+        raise models.InputError(f'--repeated_aug {args.repeated_aug} must divide --batch_size {args.batch_size}')
     models.say(f'recipe: {"MAE pre-training" if recipe == "pixel" else "G2SD stage 1"}')
 
 
-class ViewAndNoise:
-    """PIL image -> (augmented image (3, H, W), mask noise (L,)): the noise is the sample's own."""
+class ViewsAndNoise:
+    """PIL image -> (augmented views (K, 3, H, W) uint8, mask noise of each (K, L)): all draws are the sample's own."""
 
-    def __init__(self, input_size, num_patches):
-        self.num_patches = num_patches
+    def __init__(self, input_size, num_patches, views):
+        self.num_patches, self.views = num_patches, views
         self.augment = transforms.Compose([
-            transforms.RandomResizedCrop(input_size, scale=(0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])
+            models.ResizedCrop(input_size, scale=(0.2, 1.0)), transforms.RandomHorizontalFlip()])
 
     def __call__(self, image):
-        return self.augment(image), torch.rand(self.num_patches)
+        views, noise = zip(*((self.augment(image), torch.rand(self.num_patches)) for _ in range(self.views)))
+        return torch.stack(views), torch.stack(noise)
 
 
 class FlatFolder(torchvision.datasets.ImageFolder):
@@ -134,7 +139,10 @@ class FlatFolder(torchvision.datasets.ImageFolder):
 
 
 def build_data(args, num_patches):
-    """Training loader of ((images, noise), label, unreadable files); raises InputError if there are too few images."""
+    """Training loader of ((images (N/K, K, 3, H, W), noise (N/K, K, L)), label, unreadable files), K = --repeated_aug.
+
+    Raises InputError if there are too few images.
+    """
     if not args.data_path:
         raise models.InputError('--data_path is missing: a folder of images, for ImageNet the one that holds train/')
     if args.data_set == 'folder':
@@ -148,10 +156,10 @@ def build_data(args, num_patches):
             raise models.InputError(f'--data_path: there is no image in {root} or below it') from error
     else:
         dataset = models.load_cifar(args, train=True)
-    dataset = models.SeededDataset(dataset, ViewAndNoise(args.input_size, num_patches), args.seed)
-    sampler = models.EpochSampler(len(dataset), args)
+    dataset = models.SeededDataset(dataset, ViewsAndNoise(args.input_size, num_patches, args.repeated_aug), args.seed)
+    sampler = models.EpochSampler(len(dataset), args, args.repeated_aug)
     return torch.utils.data.DataLoader(
-        dataset, batch_size=args.batch_size, sampler=sampler, num_workers=args.num_workers,
+        dataset, batch_size=args.batch_size // args.repeated_aug, sampler=sampler, num_workers=args.num_workers,
         pin_memory=args.device.startswith('cuda'), persistent_workers=args.num_workers > 0)
 
 
@@ -252,7 +260,8 @@ def train_one_epoch(model, teacher, loader, optimizer, scheduler, scaler, progre
         progress.check_files(bad_files)
         if step % args.accum_iter == 0:
             scheduler.step(epoch + step / len(loader))
-        images, noise = (x.to(device, non_blocking=True) for x in (images, noise))
+        images, noise = (x.to(device, non_blocking=True).flatten(0, 1) for x in (images, noise))
+        images = models.normalise(images)
         masking = models.random_masking(noise, args.mask_ratio)
         models.seed_everything(args.seed, epoch, step, args.rank, models.STEP)
         update = (step + 1) % args.accum_iter == 0
@@ -377,6 +386,8 @@ def start_run(args):
     args.amp = args.amp or ('off' if device.type != 'cuda' else 'bf16' if torch.cuda.is_bf16_supported(False) else 'fp16')
     if args.amp == 'fp16' and device.type != 'cuda':
         raise models.InputError('--amp fp16 needs a GPU; take bf16 or off')
+    # on a CPU the fused kernels are the slower ones for a few hundred tokens, by a fifth in bf16 (tools/benchmark.md)
+    timm.layers.set_fused_attn(device.type != 'cpu')
     git, commit, changes = ['git', '-C', str(Path(__file__).resolve().parent)], '', ''
     with contextlib.suppress(FileNotFoundError):  # no git on this machine
         commit, changes = (subprocess.run(git + words, check=False, capture_output=True, text=True).stdout.strip()
@@ -514,12 +525,16 @@ def main(args):
     model_without_ddp = models.create_mae(args.model, args.input_size, target_dim).to(device)
     models.random_masking(torch.rand(1, loader.dataset.transform.num_patches), args.mask_ratio)  # refuses a bad ratio now
     model = model_without_ddp
+    if args.compile:
+        model.compile()
+        if teacher is not None:
+            teacher.decoder_features, teacher.reconstruct = map(torch.compile, (teacher.decoder_features, teacher.reconstruct))
     if args.distributed:
         model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
     # 5. optimizer, schedule, loss scaler
     scale_lr(args, PAPER_BATCH, args.blr)
     optimizer = create_optimizer_v2(model_without_ddp, opt='adamw', lr=args.lr, weight_decay=args.weight_decay,
-                                    betas=(0.9, 0.95))  # MAE's betas
+                                    betas=(0.9, 0.95), fused=True)  # MAE's betas
     scheduler = CosineLRScheduler(optimizer, t_initial=args.epochs - args.warmup_epochs, lr_min=args.min_lr,
                                   warmup_t=args.warmup_epochs, warmup_lr_init=0.0, warmup_prefix=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')

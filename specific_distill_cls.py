@@ -33,6 +33,7 @@ import torchvision
 from PIL import Image, ImageOps
 from timm.data import Mixup, create_transform
 from timm.data.auto_augment import NAME_TO_OP
+from timm.data.random_erasing import RandomErasing
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import init_distributed_device
@@ -110,6 +111,8 @@ def get_args_parser():
     group.add_argument('--num_workers', type=int, default=10, help='data-loading processes per training process')
     group.add_argument('--seed', type=int, default=0, help='seed of everything random')
     group.add_argument('--device', help='cuda or cpu; cuda where there is one unless given')
+    group.add_argument('--compile', action='store_true',
+                       help='torch.compile the networks: a minute at the start, then faster steps, equal up to rounding')
     group.add_argument('--amp', choices=['bf16', 'fp16', 'off'],
                        help='autocast type; by default bf16 where the GPU has it, else fp16, and off on a CPU')
     return parser
@@ -147,21 +150,22 @@ def posterize(image, bits_to_keep, **_):
 
 
 def build_transform(args, is_train):
-    """PIL image -> normalised (3, H, W). Training: DeiT's augmentation; else resize 256/224 bicubic and centre crop."""
+    """PIL image -> (3, H, W) uint8. Training: DeiT's augmentation; else resize 256/224 bicubic and centre crop."""
     NAME_TO_OP.update(Posterize=posterize, PosterizeIncreasing=posterize)
     tiny = max(args.input_size) <= 32
     if not is_train:
         # MAE: no enlargement above 224; images of 32 pixels are whole
         crop = 1.0 if tiny or max(args.input_size) > 224 else 224 / 256
-        return create_transform(args.input_size, interpolation='bicubic', crop_pct=crop)
+        return create_transform(args.input_size, interpolation='bicubic', crop_pct=crop, use_prefetcher=True)
     policy = None if args.aa == 'none' else args.aa
     try:
         transform = create_transform(args.input_size, is_training=True, color_jitter=None, interpolation='bicubic',
-                                     auto_augment=policy, re_prob=args.reprob, re_mode='pixel')
+                                     auto_augment=policy, use_prefetcher=True)  # to bytes, erasing follows on the device
     except (AssertionError, KeyError) as error:
         raise models.InputError(f'--aa {args.aa}: timm knows no such policy; the recipe has rand-m9-mstd0.5-inc1') from error
-    if tiny:  # DeiT, for CIFAR: a random crop with 4 pixels of padding in place of RandomResizedCrop
-        transform.transforms[:1] = [transforms.Resize(args.input_size), transforms.RandomCrop(args.input_size, padding=4)]
+    # DeiT, for CIFAR: a random crop with 4 pixels of padding in place of RandomResizedCrop
+    transform.transforms[:1] = [transforms.Resize(args.input_size), transforms.RandomCrop(args.input_size, padding=4)] if tiny \
+        else [models.ResizedCrop(args.input_size), transforms.ToPILImage()]
     return transform
 
 
@@ -227,12 +231,14 @@ def distillation_loss(class_logits, dist_logits, labels, teacher_logits, distill
 def train_one_epoch(model, teacher, loader, optimizer, scheduler, scaler, mixup, progress, device, epoch, args):
     """One pass over this process's share of the data; `progress` keeps the means and stops at a non-finite loss."""
     model.train()
+    erase = RandomErasing(args.reprob, mode='pixel', device=device)  # normal noise, on normalised images
     for step, (images, labels, bad_files) in progress.watch(loader, epoch):
         progress.check_files(bad_files)
         if step % args.accum_iter == 0:
             scheduler.step(epoch + step / len(loader))
         images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
         models.seed_everything(args.seed, epoch, step, args.rank, models.STEP)
+        images = erase(models.normalise(images))
         if mixup is not None:
             images, labels = mixup(images, labels)  # labels become (N, C), smoothed
         update = (step + 1) % args.accum_iter == 0
@@ -275,7 +281,7 @@ def evaluate(model, loader, progress, device, args):
         if not len(labels):
             continue
         images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
-        logits = model(images)  # in float32 whatever --amp says: bf16 logits tie, and a tie is settled by chance
+        logits = model(models.normalise(images))  # in float32 whatever --amp says: bf16 logits tie, and a tie is settled by chance
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # (N, 5)
         sums += torch.stack([F.cross_entropy(logits, labels, reduction='sum'), hits[:, 0].sum(), hits.any(dim=1).sum(),
                              torch.tensor(len(labels), device=device)])
@@ -387,6 +393,8 @@ def start_run(args):
     args.amp = args.amp or ('off' if device.type != 'cuda' else 'bf16' if torch.cuda.is_bf16_supported(False) else 'fp16')
     if args.amp == 'fp16' and device.type != 'cuda':
         raise models.InputError('--amp fp16 needs a GPU; take bf16 or off')
+    # on a CPU the fused kernels are the slower ones for a few hundred tokens, by a fifth in bf16 (tools/benchmark.md)
+    timm.layers.set_fused_attn(device.type != 'cpu')
     git, commit, changes = ['git', '-C', str(Path(__file__).resolve().parent)], '', ''
     with contextlib.suppress(FileNotFoundError):  # no git on this machine
         commit, changes = (subprocess.run(git + words, check=False, capture_output=True, text=True).stdout.strip()
@@ -534,12 +542,14 @@ def main(args):
         models.load_pretrained(model_without_ddp, args.finetune)
         models.reset_head(model_without_ddp)
     model = model_without_ddp.to(device)
+    for network in filter(None, (model, teacher)) if args.compile else ():
+        network.compile()
     if args.distributed:
         model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
     # 5. optimizer, schedule, loss scaler
     scale_lr(args, PAPER_BATCH, args.blr)
     optimizer = create_optimizer_v2(model_without_ddp, opt='adamw', lr=args.lr, weight_decay=args.weight_decay,
-                                    layer_decay=args.layer_decay)
+                                    layer_decay=args.layer_decay, fused=True)
     scheduler = CosineLRScheduler(optimizer, t_initial=args.epochs - args.warmup_epochs, lr_min=args.min_lr,
                                   warmup_t=args.warmup_epochs, warmup_lr_init=0.0, warmup_prefix=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')

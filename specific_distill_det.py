@@ -128,6 +128,8 @@ def get_args_parser():
     group.add_argument('--num_workers', type=int, default=10, help='data-loading processes per training process')
     group.add_argument('--seed', type=int, default=0, help='seed of everything random')
     group.add_argument('--device', help='cuda or cpu; cuda where there is one unless given')
+    group.add_argument('--compile', action='store_true',
+                       help='torch.compile the networks: a minute at the start, then faster steps, equal up to rounding')
     group.add_argument('--amp', choices=['bf16', 'fp16', 'off'],
                        help='autocast type; by default bf16 where the GPU has it, else fp16, and off on a CPU')
     return parser
@@ -895,6 +897,8 @@ def start_run(args):
     args.amp = args.amp or ('off' if device.type != 'cuda' else 'bf16' if torch.cuda.is_bf16_supported(False) else 'fp16')
     if args.amp == 'fp16' and device.type != 'cuda':
         raise models.InputError('--amp fp16 needs a GPU; take bf16 or off')
+    # on a CPU the fused kernels are the slower ones for a few hundred tokens, by a fifth in bf16 (tools/benchmark.md)
+    timm.layers.set_fused_attn(device.type != 'cpu')
     git, commit, changes = ['git', '-C', str(Path(__file__).resolve().parent)], '', ''
     with contextlib.suppress(FileNotFoundError):  # no git on this machine
         commit, changes = (subprocess.run(git + words, check=False, capture_output=True, text=True).stdout.strip()
@@ -1029,12 +1033,14 @@ def main(args):
         models.load_pretrained(detector.backbone.net, args.finetune)
     model_without_ddp = Student(detector, adapters).to(device)
     model = model_without_ddp
+    for network in filter(None, (detector, teacher)) if args.compile else ():
+        network.backbone.compile()  # behind it the shapes depend on what is found
     if args.distributed:
         model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
     # 5. optimizer, schedule, loss scaler
     scale_lr(args, PAPER_BATCH)
     optimizer = create_optimizer_v2(model_without_ddp, opt='adamw', lr=args.lr, weight_decay=args.weight_decay,
-                                    layer_decay=args.layer_decay)
+                                    layer_decay=args.layer_decay, fused=True)
     scheduler = MultiStepLRScheduler(
         # timm lowers the rate one step before its milestone
         optimizer, decay_t=[round(args.iterations * share) + 1 for share in (8 / 9, 26 / 27)], decay_rate=0.1,

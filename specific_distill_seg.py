@@ -67,6 +67,8 @@ def get_args_parser():
     group.add_argument('--input_size', type=int, nargs='+', default=[512],
                        help='side of the square crops and windows in pixels; images are scaled to this short side')
     group.add_argument('--drop_path', type=float, default=0.1, help='stochastic depth rate of the last block')
+    group.add_argument('--grad_checkpointing', action='store_true',
+                       help='compute the blocks twice to save memory; the result is the same')
 
     group = parser.add_argument_group('optimisation')
     group.add_argument('--batch_size', type=int, default=4, help='images per process and step')
@@ -111,6 +113,8 @@ def get_args_parser():
     group.add_argument('--num_workers', type=int, default=10, help='data-loading processes per training process')
     group.add_argument('--seed', type=int, default=0, help='seed of everything random')
     group.add_argument('--device', help='cuda or cpu; cuda where there is one unless given')
+    group.add_argument('--compile', action='store_true',
+                       help='torch.compile the networks: a minute at the start, then faster steps, equal up to rounding')
     group.add_argument('--amp', choices=['bf16', 'fp16', 'off'],
                        help='autocast type; by default bf16 where the GPU has it, else fp16, and off on a CPU')
     return parser
@@ -694,6 +698,8 @@ def start_run(args):
     args.amp = args.amp or ('off' if device.type != 'cuda' else 'bf16' if torch.cuda.is_bf16_supported(False) else 'fp16')
     if args.amp == 'fp16' and device.type != 'cuda':
         raise models.InputError('--amp fp16 needs a GPU; take bf16 or off')
+    # on a CPU the fused kernels are the slower ones for a few hundred tokens, by a fifth in bf16 (tools/benchmark.md)
+    timm.layers.set_fused_attn(device.type != 'cpu')
     git, commit, changes = ['git', '-C', str(Path(__file__).resolve().parent)], '', ''
     with contextlib.suppress(FileNotFoundError):  # no git on this machine
         commit, changes = (subprocess.run(git + words, check=False, capture_output=True, text=True).stdout.strip()
@@ -822,11 +828,14 @@ def main(args):
         model = load_segmenter(args.model, args.resume, classes, args).to(device)
         return evaluate(model, val_loader, classes, device, args)
     model_without_ddp = Segmenter(args.model, len(classes), args.input_size[0], args.drop_path)
+    model_without_ddp.backbone.set_grad_checkpointing(args.grad_checkpointing)
     if args.finetune:
         models.load_pretrained(model_without_ddp.backbone, args.finetune)
     if args.distributed and device.type == 'cuda':
         model_without_ddp = nn.SyncBatchNorm.convert_sync_batchnorm(model_without_ddp)
     model = model_without_ddp.to(device)
+    for network in filter(None, (model, teacher)) if args.compile else ():
+        network.compile()
     if args.distributed:
         model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
         # not at each step: the blocks' tables of position indices are 100 MB. As an argument it has two names by version
@@ -834,7 +843,7 @@ def main(args):
     # 5. optimizer, schedule, loss scaler
     scale_lr(args, PAPER_BATCH)
     optimizer = create_optimizer_v2(model_without_ddp, opt='adamw', lr=args.lr, weight_decay=args.weight_decay,
-                                    layer_decay=args.layer_decay)
+                                    layer_decay=args.layer_decay, fused=True)
     scheduler = PolyLRScheduler(optimizer, t_initial=args.iterations, power=1.0, lr_min=0.0, warmup_prefix=False,
                                 warmup_t=args.warmup_iterations, warmup_lr_init=1e-6 * args.lr)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')

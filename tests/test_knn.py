@@ -101,12 +101,13 @@ def test_features_are_the_mean_patch_tokens_of_the_encoder(folder):
     theirs = VisionTransformer(img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=0).eval()
     state = torch.load(folder / 'c4.pth', weights_only=True)['model']
     theirs.load_state_dict({name: value for name, value in state.items() if name in theirs.state_dict()})
-    images = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     words = '--checkpoint x --data_path x --batch_size 2 --device cpu'
     args = knn.get_args_parser().parse_args(words.split())
     features, labels = knn.encode(model, list(zip(images, [3, 1, 4, 1, 5])), args)
     with torch.no_grad():
-        expected = theirs.forward_features(images)[:, 1:].mean(1)
+        mean, std = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        expected = theirs.forward_features((images / 255 - mean) / std)[:, 1:].mean(1)
     torch.testing.assert_close(features, expected / expected.norm(dim=1, keepdim=True))
     assert labels.tolist() == [3, 1, 4, 1, 5] and size == [16, 16] and epoch == 5
 

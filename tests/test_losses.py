@@ -23,6 +23,10 @@ def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def bytes_like(*shape, seed=0):
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
 def noise_for(n, length, seed=1):
     return torch.rand(n, length, generator=torch.Generator().manual_seed(seed))
 
@@ -346,7 +350,7 @@ def test_teacher_sees_the_mixed_images_of_the_student():
     args = cls_args('--teacher_path', 'x', '--batch_size', '4', '--print_freq', '1')
     mixup = timm.data.Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=5)
     student, teacher = Recorder(2), Recorder(1).eval().requires_grad_(False)
-    loader = [(randn(4, 3, 8, 8, seed=seed), torch.tensor([0, 1, 2, 3]), [''] * 4) for seed in range(6)]
+    loader = [(bytes_like(4, 3, 8, 8, seed=seed), torch.tensor([0, 1, 2, 3]), [''] * 4) for seed in range(6)]
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     specific_distill_cls.train_one_epoch(
         student, teacher, [(x.clone(), y, names) for x, y, names in loader], optimizer, SILENT, NO_SCALER, mixup,
@@ -354,7 +358,7 @@ def test_teacher_sees_the_mixed_images_of_the_student():
     assert len(teacher.seen) == len(student.seen) == 6
     for theirs, ours, (original, _, _) in zip(teacher.seen, student.seen, loader):
         assert torch.equal(theirs, ours)
-        assert not torch.equal(ours, original)
+        assert not torch.equal(ours, models.normalise(original))
 
 
 def weights_after_stage_one(target, batches, accum_iter, clip_grad=None):
@@ -371,7 +375,7 @@ def weights_after_stage_one(target, batches, accum_iter, clip_grad=None):
 @pytest.mark.parametrize('target, clip_grad', [('feature', None), ('pixel', None), ('feature', 0.1)])
 def test_two_accumulated_batches_equal_one_of_twice_the_size(target, clip_grad):
     """README: --batch_size and --accum_iter trade memory for time and change nothing else."""
-    images, noise = randn(8, 3, 32, 32), noise_for(8, 16)
+    images, noise = bytes_like(8, 1, 3, 32, 32), noise_for(8, 16)[:, None]
     whole = [((images, noise), None, [''] * 8)]
     halves = [((images[i:i + 4], noise[i:i + 4]), None, [''] * 4) for i in (0, 4)]
     one, two = weights_after_stage_one(target, whole, 1, clip_grad), weights_after_stage_one(target, halves, 2, clip_grad)
@@ -384,11 +388,11 @@ def test_two_accumulated_batches_equal_one_of_twice_the_size(target, clip_grad):
 
 def test_accumulated_classification_batches_equal_one_of_twice_the_size():
     """README: the same in stage 2, with a teacher."""
-    images, labels, weights = randn(8, 3, 32, 32), torch.arange(8) % 5, []
+    images, labels, weights = bytes_like(8, 3, 32, 32), torch.arange(8) % 5, []
     teacher = filled(0, models.create_vit, 'vit_pico_patch8', 5, 32).eval().requires_grad_(False)
     for size in (8, 4):
-        args = cls_args('--teacher_path', 'x', '--mixup', '0', '--cutmix', '0', accum_iter=8 // size, batch_size=size,
-                        print_freq=1)
+        args = cls_args('--teacher_path', 'x', '--mixup', '0', '--cutmix', '0', '--reprob', '0', accum_iter=8 // size,
+                        batch_size=size, print_freq=1)
         student = filled(1, models.create_vit, 'vit_pico_patch8', 5, 32, distilled=True)
         optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
         loader = [(images[i:i + size], labels[i:i + size], [''] * size) for i in range(0, 8, size)]
@@ -403,7 +407,7 @@ def test_logged_loss_is_the_mean_over_the_steps():
     """README: train_loss and its terms in log.txt are means of the epoch; the parts of stage 2 are unweighted."""
     args = cls_args('--teacher_path', 'x', '--mixup', '0', '--cutmix', '0', batch_size=4, print_freq=2)
     student, teacher = Recorder(2), Recorder(1).eval().requires_grad_(False)
-    loader = [(randn(4, 3, 8, 8, seed=seed), torch.tensor([0, 1, 2, 3]), [''] * 4) for seed in range(3)]
+    loader = [(bytes_like(4, 3, 8, 8, seed=seed), torch.tensor([0, 1, 2, 3]), [''] * 4) for seed in range(3)]
     stats = specific_distill_cls.train_one_epoch(
         student, teacher, loader, torch.optim.SGD(student.parameters(), lr=0.0), SILENT, NO_SCALER, None,
         specific_distill_cls.Progress(args, args.epochs), CPU, 0, args)
@@ -462,7 +466,9 @@ def test_validation_transform_is_resize_and_centre_crop():
         torchvision.transforms.Resize(256, interpolation=torchvision.transforms.InterpolationMode.BICUBIC),
         torchvision.transforms.CenterCrop(224), torchvision.transforms.ToTensor(),
         torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
-    torch.testing.assert_close(specific_distill_cls.build_transform(args, False)(image), steps(image), atol=1e-6, rtol=0)
+    pixels = specific_distill_cls.build_transform(args, False)(image)
+    assert pixels.dtype == torch.uint8
+    torch.testing.assert_close(models.normalise(pixels), steps(image), atol=1e-6, rtol=0)
 
 
 # ---------------------------------------------------------------------------------------------------- repeatable draws
@@ -479,7 +485,7 @@ def pictures(root, sizes=(4, 4)):
 
 def dataset_of(folder, kind, seed=0):
     if kind == 'stage 1':
-        return models.SeededDataset(folder, generic_distill.ViewAndNoise([16, 16], 4), seed)
+        return models.SeededDataset(folder, generic_distill.ViewsAndNoise([16, 16], 4, 1), seed)
     args = specific_distill_cls.get_args_parser().parse_args([])
     args.input_size = [48, 48]
     return models.SeededDataset(folder, specific_distill_cls.build_transform(args, True), seed)

@@ -551,7 +551,7 @@ def first_batches(args, rank, world_size, epoch, count=4):
     loader = GENERIC.build_data(args, args.input_size[0] * args.input_size[1] // 64)
     loader.sampler.epoch = epoch
     for (images, noise), _, _ in itertools.islice(loader, count):
-        yield images, models.random_masking(noise, args.mask_ratio)
+        yield models.normalise(images.flatten(0, 1)), models.random_masking(noise.flatten(0, 1), args.mask_ratio)
 
 
 @pytest.mark.parametrize('name', ['two', 'pixel', 'feature'])

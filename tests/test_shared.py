@@ -63,6 +63,7 @@ PAPER_DEFAULTS = {
     'smoothing': {CLS: 0.1, FINETUNE: 0.1},
     'aa': {CLS: 'rand-m9-mstd0.5-inc1', FINETUNE: 'rand-m9-mstd0.5-inc1'},
     'reprob': {CLS: 0.25, FINETUNE: 0.25},
+    'repeated_aug': {G: 1, PIXEL: 1},
     'eval_every': {CLS: 1, DET: 5000, SEG: 16000},  # epochs, iterations
     'iterations': {DET: 184375, SEG: 160000},
     'warmup_iterations': {DET: 250, SEG: 1500},

@@ -42,7 +42,7 @@ def encode(model, dataset, args):
     """(mean patch token of every image, of unit length, (N, D) float32; labels (N,)), both on --device."""
     features, labels = [], []
     for images, part in DataLoader(dataset, args.batch_size, num_workers=args.num_workers):
-        tokens = model.forward_features(images.to(args.device))
+        tokens = model.forward_features(models.normalise(images.to(args.device)))
         features.append(F.normalize(tokens[:, model.num_prefix_tokens:].mean(dim=1), dim=1))
         labels.append(part)
     return torch.cat(features), torch.cat(labels).to(args.device)

@@ -44,7 +44,7 @@ def open_image(path):
 
 def read_image(path, args):
     """Image file -> normalised (3, H, W), by the transform of a classifier's evaluation. Raises InputError."""
-    return specific_distill_cls.build_transform(args, is_train=False)(open_image(path))
+    return models.normalise(specific_distill_cls.build_transform(args, is_train=False)(open_image(path)))
 
 
 def load_classifier(path, model_name=None, input_size=None, checkpoint=None):
