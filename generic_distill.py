@@ -79,7 +79,7 @@ def get_args_parser():
 
     group = parser.add_argument_group('augmentation')
     group.add_argument('--repeated_aug', type=int, default=1,
-                       help='crops and masks of one decoded image in a batch; above 1 where decoding is what a run waits for')
+                       help='crops and masks of one decoded image in a batch; above 1 where a run waits for decoding')
 
     group = parser.add_argument_group('data')
     group.add_argument('--data_path', help='folder of images (or of the CIFAR files)')
@@ -528,7 +528,8 @@ def main(args):
     if args.compile:
         model.compile()
         if teacher is not None:
-            teacher.decoder_features, teacher.reconstruct = map(torch.compile, (teacher.decoder_features, teacher.reconstruct))
+            teacher.decoder_features = torch.compile(teacher.decoder_features)
+            teacher.reconstruct = torch.compile(teacher.reconstruct)
     if args.distributed:
         model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
     # 5. optimizer, schedule, loss scaler

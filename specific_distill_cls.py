@@ -163,9 +163,10 @@ def build_transform(args, is_train):
                                      auto_augment=policy, use_prefetcher=True)  # to bytes, erasing follows on the device
     except (AssertionError, KeyError) as error:
         raise models.InputError(f'--aa {args.aa}: timm knows no such policy; the recipe has rand-m9-mstd0.5-inc1') from error
-    # DeiT, for CIFAR: a random crop with 4 pixels of padding in place of RandomResizedCrop
-    transform.transforms[:1] = [transforms.Resize(args.input_size), transforms.RandomCrop(args.input_size, padding=4)] if tiny \
-        else [models.ResizedCrop(args.input_size), transforms.ToPILImage()]
+    crop = [models.ResizedCrop(args.input_size), transforms.ToPILImage()]
+    if tiny:  # DeiT, for CIFAR: a random crop with 4 pixels of padding in place of RandomResizedCrop
+        crop = [transforms.Resize(args.input_size), transforms.RandomCrop(args.input_size, padding=4)]
+    transform.transforms[:1] = crop
     return transform
 
 
@@ -280,8 +281,8 @@ def evaluate(model, loader, progress, device, args):
             images, labels = images[readable], labels[readable]
         if not len(labels):
             continue
-        images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
-        logits = model(models.normalise(images))  # in float32 whatever --amp says: bf16 logits tie, and a tie is settled by chance
+        images, labels = models.normalise(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
+        logits = model(images)  # in float32 whatever --amp says: bf16 logits tie, and a tie is settled by chance
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # (N, 5)
         sums += torch.stack([F.cross_entropy(logits, labels, reduction='sum'), hits[:, 0].sum(), hits.any(dim=1).sum(),
                              torch.tensor(len(labels), device=device)])

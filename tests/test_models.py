@@ -496,8 +496,8 @@ def test_teacher_stays_in_eval_mode_and_unchanged_through_an_epoch(tmp_path):
     student = models.create_mae('mae_vit_pico_patch8', 32, 96)
     args = stage1_args('feature')
     optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=0.1)
-    loader = [(((images_for(2, 32, 32, seed) * 50 + 100).clamp(0, 255).byte()[:, None], noise_for(2, 16, seed)[:, None]), None,
-               ['', '']) for seed in (3, 4)]
+    images = [(images_for(2, 32, 32, seed) * 50 + 100).clamp(0, 255).byte()[:, None] for seed in (3, 4)]
+    loader = [((images[seed - 3], noise_for(2, 16, seed)[:, None]), None, ['', '']) for seed in (3, 4)]
     old = student.feature_head.fc2.weight.detach().clone()
     generic_distill.train_one_epoch(
         student, teacher, loader, optimizer, Namespace(step=lambda t: None), torch.amp.GradScaler('cpu', enabled=False),
