@@ -321,13 +321,16 @@ def measure(stage, script, options, given):
         return clock(device) - begin
 
     def per_core(dataset):
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as in a data worker
         begin = time.perf_counter()
         for key in keys:
             dataset[key]
+        torch.set_num_threads(threads)
         return len(keys) * views / (time.perf_counter() - begin)
 
     views = getattr(args, 'repeated_aug', 1)
-    ready, keys = next(iter(loader)), list(itertools.islice(loader.sampler, 32))
+    ready, keys = next(iter(loader)), list(itertools.islice(loader.sampler, 64))
     row = {'stage': stage, 'teacher': given['teacher'] is not None, 'model': args.model, 'batch_size': args.batch_size,
            'input_size': args.input_size[0], 'num_workers': args.num_workers, 'processes': args.world_size, 'amp': args.amp,
            'compile': args.compile, 'views': views, 'device': args.hardware, 'threads': torch.get_num_threads(),
