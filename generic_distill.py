@@ -143,7 +143,7 @@ def build_data(args, num_patches):
         if not root.is_dir():
             raise models.InputError(f'--data_path: there is no folder {root}')
         try:
-            dataset = FlatFolder(root)
+            dataset = FlatFolder(root, loader=models.read_rgb)
         except FileNotFoundError as error:
             raise models.InputError(f'--data_path: there is no image in {root} or below it') from error
     else:

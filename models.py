@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
+from PIL import Image
 from timm.layers import Mlp, PatchEmbed, resample_abs_pos_embed, to_2tuple, trunc_normal_
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -654,6 +655,37 @@ def seed_everything(*key):
     torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 100 times as long, too slow per sample
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(seed)
+
+
+def open_image(path):
+    """Image file -> Pillow's image, its header read; raises InputError for a size that no photograph has, or Pillow's error.
+
+    A header of a few bytes can claim any number of pixels, and resizing the short side of a strip makes its long one huge.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', Image.DecompressionBombWarning)  # above 89 million pixels, PIL.Image.MAX_IMAGE_PIXELS
+        file = Image.open(path)
+    if max(file.size) > 200 * min(file.size):
+        raise InputError(f'{file.width} x {file.height} pixels are a strip, not an image')
+    return file
+
+
+def to_rgb(file):
+    """Opened Pillow image -> RGB; of an animation the first frame. Raises InputError where 0 to white is not known.
+
+    16-bit grey is reduced to its upper byte, as Pillow does with 16-bit colours; its convert() would clip all above 255.
+    """
+    if file.mode.startswith('I;16') or (file.mode == 'I' and file.format in ('PNG', 'PPM')):
+        return Image.fromarray((np.asarray(file) // 256).astype(np.uint8)).convert('RGB')
+    if file.mode in ('I', 'F'):
+        raise InputError(f'pixels of mode {file.mode}, 32 bits, have no known white: store 8 or 16')
+    return file.convert('RGB')
+
+
+def read_rgb(path):
+    """Image file -> Pillow image in RGB; see `open_image` and `to_rgb`."""
+    with open_image(path) as file:
+        return to_rgb(file)
 
 
 class SeededDataset(torch.utils.data.Dataset):

@@ -175,7 +175,7 @@ def open_dataset(args, split):
     if not root.is_dir():
         raise models.InputError(f'--data_path: there is no folder {root} (expected {split}/CLASS/*.jpg)')
     try:
-        return torchvision.datasets.ImageFolder(root)
+        return torchvision.datasets.ImageFolder(root, loader=models.read_rgb)
     except FileNotFoundError as error:
         raise models.InputError(f'--data_path {root}: {str(error).splitlines()[0]}') from error
 

@@ -36,7 +36,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
 from timm.layers import LayerNorm2d, trunc_normal_
 from timm.models import checkpoint_seq
 from timm.models.vision_transformer_sam import (
@@ -338,9 +337,9 @@ class CocoDataset(torch.utils.data.Dataset):
         image, kept = json.loads(self.buffer[start:self.ends[index]].tobytes())
         path = self.folder / image['file_name']
         try:
-            with Image.open(path) as file:
+            with models.open_image(path) as file:
                 width, height = file.size
-                pixels = None if header_only else v2.functional.pil_to_tensor(file.convert('RGB'))
+                pixels = None if header_only else v2.functional.pil_to_tensor(models.to_rgb(file))
         except Exception as error:  # decoders raise nearly anything on a damaged file
             raise models.InputError(f'cannot read {path} ({(str(error) or type(error).__name__).splitlines()[0]}): mend '
                                     'the file, or remove it from the annotations') from error

@@ -33,7 +33,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.beit import Beit
 from timm.optim import create_optimizer_v2
@@ -160,7 +159,7 @@ def resolve_recipe(args):
 def read_file(path, decode):
     """decode(opened Pillow image); decoders raise nearly anything on a damaged file: an InputError that names it."""
     try:
-        with Image.open(path) as file:
+        with models.open_image(path) as file:
             return decode(file)
     except Exception as error:
         raise models.InputError(f'cannot read {path} ({(str(error) or type(error).__name__).splitlines()[0]}): mend the '
@@ -169,7 +168,7 @@ def read_file(path, decode):
 
 def read_image(path):
     """Image file -> (3, H, W) uint8 in RGB. Raises InputError."""
-    return read_file(path, lambda file: v2.functional.pil_to_tensor(file.convert('RGB')))
+    return read_file(path, lambda file: v2.functional.pil_to_tensor(models.to_rgb(file)))
 
 
 def read_label(path, reduce_zero_label):

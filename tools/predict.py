@@ -33,8 +33,8 @@ MARK = 'G2SD tools/predict.py'  # in a picture's EXIF, as its software: a pictur
 def open_image(path):
     """Image file -> RGB image, as it is stored; raises InputError if Pillow cannot read it."""
     try:
-        file = Image.open(path)
-        turn, image = file.getexif().get(ExifTags.Base.Orientation, 1), file.convert('RGB')
+        file = models.open_image(path)
+        turn, image = file.getexif().get(ExifTags.Base.Orientation, 1), models.to_rgb(file)
     except Exception as error:  # decoders raise nearly anything on a damaged file
         raise models.InputError(f'cannot read the image {path}: {str(error) or type(error).__name__}') from error
     if turn != 1:
