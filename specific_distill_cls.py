@@ -457,21 +457,18 @@ def resume_checkpoint(args, model, optimizer, scaler, classes, fixed=(), **train
     models.check_classes(checkpoint.get('classes'), classes, path)
     for name, module in training_only.items():
         models.load_exactly(module, checkpoint[name], path)
-    given = [{key: group[key] for key in ('weight_decay', 'lr_scale') if key in group} for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(checkpoint['optimizer'])
-    except (ValueError, KeyError) as error:
-        raise models.InputError(f'{path} cannot be resumed: the optimizer has other groups ({error})') from error
-    for group, values in zip(optimizer.param_groups, given):
-        group.update(values)  # a value that was changed by hand wins over the file's
+    models.check_run(checkpoint, optimizer, scaler, path)
+    # the file's moments with the settings of this run: a value that was changed by hand wins over the file's
+    optimizer.load_state_dict({**optimizer.state_dict(), 'state': checkpoint['optimizer']['state']})
     if checkpoint['scaler']:  # empty where the run was not in fp16
         scaler.load_state_dict(checkpoint['scaler'])
-    changed = [name for name, value in checkpoint['args'].items() if getattr(args, name, value) != value]
+    stored = models.stored_args(checkpoint)
+    changed = [name for name, value in stored.items() if getattr(args, name, value) != value]
     changed = [name for name in changed if name not in ('config', 'resume', 'output_dir', 'rank', 'local_rank')]
     for name in set(fixed) & set(changed):
-        raise models.InputError(f'{path} cannot be resumed: --{name} was {checkpoint["args"][name]}')
+        raise models.InputError(f'{path} cannot be resumed: --{name} was {stored[name]}')
     models.say(f'resumed {path} after epoch {checkpoint["epoch"] + 1}' +
-               ''.join(f'; {name} is {getattr(args, name)}, was {checkpoint["args"][name]}' for name in changed))
+               ''.join(f'; {name} is {getattr(args, name)}, was {stored[name]}' for name in changed))
     return checkpoint['epoch'] + 1, checkpoint['train_seconds']
 
 

@@ -166,7 +166,7 @@ def stage_1(folder, content):
 
 
 def classification(folder, content):
-    path = labelled_folder(folder, content)
+    labelled_folder(folder, content)
     args = arguments(CLS, folder)
     data = CLS.build_data(args)[1].dataset
     return folder / 'val/a/0.png', lambda: np.asarray(CLS.open_dataset(args, 'train')[0][0]), data
