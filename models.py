@@ -35,6 +35,10 @@ from torch import nn
 class InputError(ValueError):
     """Something that the user gave cannot work. The scripts print it as one line and exit with an error status."""
 
+    def __init__(self, message):
+        # names of files may hold line breaks. Out of a data worker it comes with a traceback, whose last line it is
+        super().__init__(message if message.startswith('Caught ') else ' '.join(message.splitlines()))
+
 
 def say(*words):
     """print() on the first process only, at once."""
@@ -59,7 +63,7 @@ def parse_args(parser):
     try:
         stored = json.loads(Path(args.config).read_text())
         script, processes = stored['script'], stored['world_size']
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f'--config {args.config} is no args.json of these scripts '
                          f'({type(error).__name__}: {error})') from error
     # places to write to, and values that a run worked out from a flag that is now given by hand
@@ -69,7 +73,7 @@ def parse_args(parser):
         left_out.add('lr')
     if '--data_path' in by_hand and stored.get('data_path'):
         left_out |= {name for name in ('train_annotations', 'train_images', 'val_annotations', 'val_images')
-                     if Path(stored.get(name) or '').is_relative_to(stored['data_path'])}
+                     if Path(str(stored.get(name) or '')).is_relative_to(stored['data_path'])}
     foreign = [name for name in stored if name not in {*vars(args), *left_out}]
     if foreign:
         raise InputError(f'--config {args.config} is of {script}: {Path(sys.argv[0]).name} has no --{foreign[0]}')
@@ -86,6 +90,32 @@ def parse_args(parser):
     if processes != int(os.environ.get('WORLD_SIZE', 1)) and os.environ.get('RANK', '0') == '0':
         print(f'note: {args.config} is of a run on {processes} processes', flush=True)
     return parser.parse_args(words + sys.argv[1:])
+
+
+# the numbers of all scripts that have another range than from 0 to what 31 bits (whole) or floating-point numbers hold
+AT_LEAST_1 = ('input_size', 'batch_size', 'accum_iter', 'epochs', 'iterations', 'eval_every', 'print_freq', 'window_size',
+              'fpn_dim', 'head_dim', 'anchor_size', 'proposals', 'roi_batch')
+ABOVE_0 = ('distillation_tau', 'cwd_tau', 'cat_max_ratio', 'layer_decay')
+AT_MOST_1 = ('drop_path', 'mask_ratio', 'distillation_alpha', 'layer_decay', 'smoothing', 'reprob', 'cat_max_ratio')
+
+
+def check_values(args):
+    """Raises InputError for a flag's number that cannot be meant (negative, not finite, outside of its range) or its name."""
+    for name, value in vars(args).items():
+        if isinstance(value, str) and not value.startswith('https://') and (
+                '\0' in value or len(value) > 3000 or any(len(os.fsencode(part)) > 255 for part in value.split('/'))):
+            raise InputError(f'--{name}: no file has such a name, {len(value)} characters long: {value[:40]!r} ...')
+        numbers = [part for part in (value if isinstance(value, list) else [value]) if isinstance(part, (int, float))]
+        for number in numbers:
+            most = 1 if name in AT_MOST_1 else sys.float_info.max if isinstance(number, float) else 2 ** 31 - 1
+            if name in AT_LEAST_1 and not number >= 1:
+                raise InputError(f'--{name} must be at least 1, not {number}')
+            if name in ABOVE_0 and not number > 0:
+                raise InputError(f'--{name} must be above 0, not {number}')
+            if not number >= 0:
+                raise InputError(f'--{name} must not be negative, and not {number}')
+            if not number <= (2 ** 63 if name == 'seed' else most) or (name == 'drop_path' and number == 1):
+                raise InputError(f'--{name} must be {"below" if name == "drop_path" else "at most"} {most}, not {number}')
 
 
 # ------------------------------------------------------------------------------------------------------------- names
@@ -451,7 +481,7 @@ def read_checkpoint(path):
     Raises InputError, naming what is wrong with the file.
     """
     path = fetch(path) if str(path).startswith('https://') else Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # pathlib's raises on a folder that may not be read
         raise InputError(f'no checkpoint file at {path}')
     try:
         if path.suffix == '.safetensors':
@@ -784,7 +814,7 @@ class SeededDataset(torch.utils.data.Dataset):
                 image, label = self.dataset[index]
             except Exception as error:  # decoders raise nearly anything on a damaged file
                 name = self.dataset.samples[index][0] if hasattr(self.dataset, 'samples') else f'sample {index}'
-                bad_files.append(f'{name} ({(str(error) or type(error).__name__).splitlines()[0]})')
+                bad_files.append(' '.join(f'{name} ({str(error) or type(error).__name__})'.splitlines()))
                 index = (index + 1) % len(self.dataset)
                 continue
             return self.transform(image), label, '\n'.join(bad_files)

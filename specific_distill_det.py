@@ -142,19 +142,14 @@ def resolve_recipe(args):
                                 'patch that 4 divides, and one side, a multiple of 4 patches')
     if args.teacher_path and models.parse_name(args.teacher_model).patch != patch:
         raise models.InputError(f'{args.model} and {args.teacher_model} differ in patch size: their pyramids do not match')
-    for flag in ('iterations', 'eval_every', 'window_size', 'head_dim', 'anchor_size', 'proposals', 'roi_batch', 'fpn_dim'):
-        if getattr(args, flag) < 1:
-            raise models.InputError(f'--{flag} must be at least 1')
-    for flag in ('warmup_iterations', 'distill_warmup'):
-        if getattr(args, flag) < 0:
-            raise models.InputError(f'--{flag} must not be negative')
     if args.warmup_iterations >= args.iterations and not args.eval:
         raise models.InputError(f'--warmup_iterations {args.warmup_iterations} must be below --iterations {args.iterations}')
-    if args.results_json and (Path(args.results_json).is_dir() or not Path(args.results_json).absolute().parent.is_dir()):
+    if args.results_json and (os.path.isdir(args.results_json) or not Path(args.results_json).absolute().parent.is_dir()):
         raise models.InputError(f'--results_json {args.results_json}: give a file in a folder that exists')
-    if not 0 <= args.drop_path < 1:
-        raise models.InputError('--drop_path must be at least 0 and below 1')
-    if not 0 < args.scale_jitter[0] <= args.scale_jitter[1] < math.inf:
+    if args.results_json and not args.eval and Path(os.path.realpath(args.output_dir)).is_relative_to(
+            os.path.realpath(args.results_json)):
+        raise models.InputError(f'--results_json {args.results_json} will be the output folder: give a file')
+    if not 0 < args.scale_jitter[0] <= args.scale_jitter[1]:
         raise models.InputError('--scale_jitter takes two positive factors, the smaller one first')
     for split in ('train', 'val'):
         for what, default in (('annotations', f'annotations/instances_{split}2017.json'), ('images', f'{split}2017')):
@@ -218,7 +213,7 @@ def read_coco(path, image_folder):
     objects, known = {entry['id']: [] for entry in images}, {entry['id'] for entry in categories}
     if len(objects) < len(images) or len(known) < len(categories):
         fail('two images, or two categories, have the same id')
-    if not Path(image_folder).is_dir():
+    if not os.path.isdir(image_folder):
         fail(f'its images should be in {image_folder}, which is no folder')
     present = {file.name for file in os.scandir(image_folder)}  # one listing is faster than a query per file
     for entry in images:
@@ -872,21 +867,21 @@ def start_run(args):
     Raises InputError; writes nothing.
     """
     args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    if args.device.startswith('cuda') and not torch.cuda.is_available():
-        raise models.InputError(f'--device {args.device}: this machine has no usable GPU')
-    if len(args.input_size) > 2 or min(args.input_size) < 1:
+    models.check_values(args)
+    kind, _, index = args.device.partition(':')
+    if kind not in ('cpu', 'cuda') or not (index or '0').isdecimal():
+        raise models.InputError(f'--device {args.device}: give cpu, cuda or cuda:N')
+    if kind == 'cuda' and not int(index or 0) < torch.cuda.device_count():
+        raise models.InputError(f'--device {args.device}: this machine has no usable GPU of that number')
+    if len(args.input_size) > 2:
         raise models.InputError('--input_size takes one positive number, or height and width')
     args.input_size = (args.input_size * 2)[:2]
-    for flag in ('batch_size', 'accum_iter', 'print_freq'):
-        if getattr(args, flag) < 1:
-            raise models.InputError(f'--{flag} must be at least 1')
-    for flag in ('seed', 'num_workers', 'save_every', 'lr', 'weight_decay', 'clip_grad'):
-        if not (getattr(args, flag) or 0) >= 0:
-            raise models.InputError(f'--{flag} must not be negative')
-    if Path(args.output_dir).is_file():
+    # os.path: pathlib raises on a folder that may not be read
+    if os.path.isfile(args.output_dir):
         raise models.InputError(f'--output_dir {args.output_dir} is a file: give a folder')
-    used = [name for name in ('checkpoint.pth', 'log.txt', 'args.json') if (Path(args.output_dir) / name).exists()]
-    own = args.resume == 'auto' or (args.resume and Path(args.resume).resolve().parent == Path(args.output_dir).resolve())
+    used = [name for name in ('checkpoint.pth', 'log.txt', 'args.json') if os.path.exists(Path(args.output_dir) / name)]
+    own = args.resume == 'auto' or (
+        args.resume and os.path.dirname(os.path.realpath(args.resume)) == os.path.realpath(args.output_dir))
     if used and not own and not getattr(args, 'eval', False):
         raise models.InputError(f'--output_dir {args.output_dir} holds another run ({", ".join(used)}): choose another '
                                 'folder, or go on with it by --resume auto')
@@ -947,7 +942,7 @@ def resume_checkpoint(args, model, optimizer, scaler, classes, fixed=(), **train
     checkpoint of such a run, or of other classes. Says which arguments differ.
     """
     path = Path(args.output_dir) / 'checkpoint.pth' if args.resume == 'auto' else args.resume
-    found = bool(path) and (args.resume != 'auto' or path.exists())
+    found = bool(path) and (args.resume != 'auto' or os.path.exists(path))
     if args.distributed:
         everywhere = [None] * args.world_size
         dist.all_gather_object(everywhere, found)
@@ -984,7 +979,10 @@ def open_log(args, key, last):
     if args.rank:
         return
     output = Path(args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise models.InputError(f'--output_dir {args.output_dir} cannot be made ({error.strerror}): choose another') from error
     (output / 'args.json').write_text(json.dumps(vars(args), indent=2) + '\n')
     lines = (output / 'log.txt').read_text().splitlines() if (output / 'log.txt').exists() else []
     kept = [line for line in lines if line.endswith('}') and json.loads(line)[key] <= last]

@@ -128,22 +128,13 @@ def resolve_recipe(args):
         raise models.InputError(f'--input_size {" ".join(map(str, args.input_size))}: crops are square, give one side')
     if args.teacher_path and models.parse_name(args.teacher_model).patch != name.patch:
         raise models.InputError(f'{args.model} and {args.teacher_model} differ in patch size: their logit maps do not match')
-    for flag in ('iterations', 'eval_every'):
-        if getattr(args, flag) < 1:
-            raise models.InputError(f'--{flag} must be at least 1')
     if args.nb_classes is not None and not 2 <= args.nb_classes <= 254:
         raise models.InputError('--nb_classes must be at least 2, and at most 254: labels are bytes and 255 means ignore')
     if not 0 <= args.warmup_iterations < args.iterations and not args.eval:
         raise models.InputError(f'--warmup_iterations {args.warmup_iterations} must be at least 0 and below --iterations '
                                 f'{args.iterations}')
-    if not 0 <= args.drop_path < 1:
-        raise models.InputError('--drop_path must be at least 0 and below 1')
-    if not args.cwd_tau > 0:
-        raise models.InputError('--cwd_tau must be above 0')
-    if not 0 < args.ratio_range[0] <= args.ratio_range[1] < math.inf:
+    if not 0 < args.ratio_range[0] <= args.ratio_range[1]:
         raise models.InputError('--ratio_range takes two positive factors, the smaller one first')
-    if not 0 < args.cat_max_ratio <= 1:
-        raise models.InputError('--cat_max_ratio must be above 0 and at most 1')
     # pooled to one pixel, a single image leaves batch norm nothing to compare; on GPUs it sees all processes
     if args.batch_size < 2 and not args.eval and not (args.device.startswith('cuda') and args.world_size > 1):
         raise models.InputError('--batch_size 1: batch norm behind the head\'s 1x1 pooling needs at least 2 images')
@@ -187,7 +178,7 @@ def list_pairs(data_path, split):
     files = {}
     for kind, endings in (('images', ('.jpg', '.jpeg', '.png')), ('annotations', ('.png',))):
         folder = Path(data_path) / kind / split
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise models.InputError(f'there is no folder {folder}: the layout is images/{split}/ and annotations/{split}/')
         found = sorted(file for file in folder.iterdir() if file.suffix.lower() in endings)
         files[kind] = {file.stem: file for file in found}
@@ -672,21 +663,21 @@ def start_run(args):
     Raises InputError; writes nothing.
     """
     args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    if args.device.startswith('cuda') and not torch.cuda.is_available():
-        raise models.InputError(f'--device {args.device}: this machine has no usable GPU')
-    if len(args.input_size) > 2 or min(args.input_size) < 1:
+    models.check_values(args)
+    kind, _, index = args.device.partition(':')
+    if kind not in ('cpu', 'cuda') or not (index or '0').isdecimal():
+        raise models.InputError(f'--device {args.device}: give cpu, cuda or cuda:N')
+    if kind == 'cuda' and not int(index or 0) < torch.cuda.device_count():
+        raise models.InputError(f'--device {args.device}: this machine has no usable GPU of that number')
+    if len(args.input_size) > 2:
         raise models.InputError('--input_size takes one positive number, or height and width')
     args.input_size = (args.input_size * 2)[:2]
-    for flag in ('batch_size', 'accum_iter', 'print_freq'):
-        if getattr(args, flag) < 1:
-            raise models.InputError(f'--{flag} must be at least 1')
-    for flag in ('seed', 'num_workers', 'save_every', 'lr', 'weight_decay', 'clip_grad'):
-        if not (getattr(args, flag) or 0) >= 0:
-            raise models.InputError(f'--{flag} must not be negative')
-    if Path(args.output_dir).is_file():
+    # os.path: pathlib raises on a folder that may not be read
+    if os.path.isfile(args.output_dir):
         raise models.InputError(f'--output_dir {args.output_dir} is a file: give a folder')
-    used = [name for name in ('checkpoint.pth', 'log.txt', 'args.json') if (Path(args.output_dir) / name).exists()]
-    own = args.resume == 'auto' or (args.resume and Path(args.resume).resolve().parent == Path(args.output_dir).resolve())
+    used = [name for name in ('checkpoint.pth', 'log.txt', 'args.json') if os.path.exists(Path(args.output_dir) / name)]
+    own = args.resume == 'auto' or (
+        args.resume and os.path.dirname(os.path.realpath(args.resume)) == os.path.realpath(args.output_dir))
     if used and not own and not getattr(args, 'eval', False):
         raise models.InputError(f'--output_dir {args.output_dir} holds another run ({", ".join(used)}): choose another '
                                 'folder, or go on with it by --resume auto')
@@ -747,7 +738,7 @@ def resume_checkpoint(args, model, optimizer, scaler, classes, fixed=(), **train
     checkpoint of such a run, or of other classes. Says which arguments differ.
     """
     path = Path(args.output_dir) / 'checkpoint.pth' if args.resume == 'auto' else args.resume
-    found = bool(path) and (args.resume != 'auto' or path.exists())
+    found = bool(path) and (args.resume != 'auto' or os.path.exists(path))
     if args.distributed:
         everywhere = [None] * args.world_size
         dist.all_gather_object(everywhere, found)
@@ -784,7 +775,10 @@ def open_log(args, key, last):
     if args.rank:
         return
     output = Path(args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise models.InputError(f'--output_dir {args.output_dir} cannot be made ({error.strerror}): choose another') from error
     (output / 'args.json').write_text(json.dumps(vars(args), indent=2) + '\n')
     lines = (output / 'log.txt').read_text().splitlines() if (output / 'log.txt').exists() else []
     kept = [line for line in lines if line.endswith('}') and json.loads(line)[key] <= last]
