@@ -149,8 +149,8 @@ def resolve_recipe(args):
     if args.results_json and not args.eval and Path(os.path.realpath(args.output_dir)).is_relative_to(
             os.path.realpath(args.results_json)):
         raise models.InputError(f'--results_json {args.results_json} will be the output folder: give a file')
-    if not 0 < args.scale_jitter[0] <= args.scale_jitter[1]:
-        raise models.InputError('--scale_jitter takes two positive factors, the smaller one first')
+    if not 0 < args.scale_jitter[0] <= args.scale_jitter[1] <= 100:
+        raise models.InputError('--scale_jitter takes two positive factors up to 100, the smaller one first')
     for split in ('train', 'val'):
         for what, default in (('annotations', f'annotations/instances_{split}2017.json'), ('images', f'{split}2017')):
             flag = f'{split}_{what}'

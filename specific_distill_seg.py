@@ -133,8 +133,8 @@ def resolve_recipe(args):
     if not 0 <= args.warmup_iterations < args.iterations and not args.eval:
         raise models.InputError(f'--warmup_iterations {args.warmup_iterations} must be at least 0 and below --iterations '
                                 f'{args.iterations}')
-    if not 0 < args.ratio_range[0] <= args.ratio_range[1]:
-        raise models.InputError('--ratio_range takes two positive factors, the smaller one first')
+    if not 0 < args.ratio_range[0] <= args.ratio_range[1] <= 100:
+        raise models.InputError('--ratio_range takes two positive factors up to 100, the smaller one first')
     # pooled to one pixel, a single image leaves batch norm nothing to compare; on GPUs it sees all processes
     if args.batch_size < 2 and not args.eval and not (args.device.startswith('cuda') and args.world_size > 1):
         raise models.InputError('--batch_size 1: batch norm behind the head\'s 1x1 pooling needs at least 2 images')

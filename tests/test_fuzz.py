@@ -2,8 +2,7 @@
 
 The promise is one for all: it works, or one line says why not (models.InputError; FloatingPointError for a loss that is not
 finite; argparse's own). Any other exception is a finding, and so is the end of the process. Left out, because they are no
-nonsense but only large: numbers that ask for more memory or time than there is (--input_size, --batch_size, --epochs,
---iterations, --num_workers, and the widths of detection are drawn small; --seed and the like are not).
+nonsense but only large: numbers that ask for more memory or time than there is. LARGE names their flags, drawn small here.
 FUZZ=20 in the environment draws 20 times as many; `make test-fuzz FUZZ=20` prints how many of each kind there were.
 """
 import argparse
@@ -114,9 +113,9 @@ def run(script, folder, out, *words):
 
 
 ODD = ['nan', 'inf', '-inf', '-1', '0', '-0.0', '1', '2', '0.5', '1e-45', '1e300', '-1e300', '1e-300', '0x10', '', ' ', '1_0']
-# `large` values ask for memory or time: they are drawn small
+# flags whose large values ask for memory or time
 LARGE = {'input_size', 'batch_size', 'accum_iter', 'epochs', 'iterations', 'num_workers', 'window_size', 'fpn_dim', 'head_dim',
-         'proposals', 'roi_batch', 'nb_classes'}
+         'proposals', 'roi_batch', 'nb_classes', 'ratio_range'}
 HUGE = ['2147483647', '2147483648', '4294967296', '9223372036854775808', '1' + '0' * 30, '9' * 5000]
 NAMES = ['vit_pico_patch8', 'vit_pico_patch16', 'vit_pico_patch4', 'vit_nano_patch8', 'vit_pico_patch3', 'vit_pico_patch0',
          'mae_vit_pico_patch8', 'mae_vit_pico_patch16', 'mae_vit_pico_patch8_dec64d1b', 'mae_vit_pico_patch8_dec32d0b',
@@ -154,9 +153,10 @@ def values(action, world, out):
         one = st.sampled_from([*action.choices, '', 'x'])
     elif action.type in (int, float):
         small = [str(number) for number in (-3, 3, 4, 5, 7, 8, 12, 16, 24, 32, 48, 64)]
-        one = st.sampled_from(ODD + small + ([] if action.dest in LARGE else HUGE))
+        odd = ODD if action.type is float else ['-1', '0', '1', '2', '1.5', 'nan', '', '1_0']
+        one = st.sampled_from(odd + small + ([] if action.dest in LARGE else HUGE))
         if action.type is float:
-            one |= st.floats().map(str) | st.floats(0, 2).map(str)
+            one |= st.floats().map(str) | st.floats(0, 2).map(str) if action.dest not in LARGE else st.floats(0, 4).map(str)
     elif action.dest in ('model', 'teacher_model'):
         one = st.sampled_from(NAMES)
     elif action.dest == 'aa':
@@ -212,6 +212,32 @@ def test_any_command_line_runs_or_is_refused_in_one_line(script, world, tmp_path
     check()
     changed = {name for name, content in contents(world).items() if before.get(name) != content}
     assert not {name for name in changed if not name.endswith(('args.json', 'log.txt', 'checkpoint.pth'))}
+
+
+def test_any_augmentation_policy_works_or_is_refused_in_one_line():
+    """README, bad data: --aa is timm's string of a policy; what timm cannot apply is refused before the run."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 20, 3)).astype(np.uint8))
+    args = CLS.get_args_parser().parse_args(['--input_size', '40'])
+    args.input_size = [40, 40]
+
+    def work(policy):
+        args.aa = policy
+        transform = CLS.build_transform(args, True)
+        for seed in range(5):
+            models.seed_everything(seed)
+            transform(image)
+
+    part = st.sampled_from(['m9', 'm10', 'm0', 'm-1', 'm99', 'mx', 'm', 'mstd0.5', 'mstd-1', 'mstd101', 'mmax0', 'mmax99', 'n0', 'n9',
+                            'p0.5', 'p2', 'inc1', 'inc0', 'w0', 'w3', 'd0', 'd2', 'b1', 'a-1', 'tnone', 't3a', 'foo', '', '9'])
+
+    @fuzz(150)
+    @given(st.sampled_from(POLICIES) | st.text('rand-mstdincpx0159.', max_size=14) | st.builds(
+        lambda first, parts: '-'.join([first, *parts]), st.sampled_from(['rand', 'augmix', 'v0', 'original', '3a', 'x']),
+        st.lists(part, max_size=4)))
+    def check(policy):
+        outcome('augmentation policies', work, policy)
+
+    check()
 
 
 PLAIN = st.none() | st.booleans() | st.integers(-9, 9) | st.integers() | st.floats() | st.text(max_size=5)
