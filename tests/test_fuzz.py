@@ -200,7 +200,7 @@ def test_any_command_line_runs_or_is_refused_in_one_line(script, world, tmp_path
     monkeypatch.chdir(tmp_path)
     out, before = tmp_path / 'out', contents(world)
 
-    @fuzz(40 if script in (GENERIC, CLS) else 25)
+    @fuzz(70 if script in (GENERIC, CLS) else 50)
     @given(st.data())
     def check(data):
         words = data.draw(command_lines(script, world, out))
@@ -249,7 +249,7 @@ def test_any_args_json_is_used_or_refused_in_one_line(script, world, tmp_path, m
     """README, bad data: so does a --config file that was changed by hand."""
     stored = json.loads((world / NAME[script] / 'args.json').read_text())
 
-    @fuzz(10)
+    @fuzz(20)
     @given(st.data())
     def check(data):
         config = copy.deepcopy(stored)
@@ -352,7 +352,7 @@ def test_any_checkpoint_is_read_or_refused_in_one_line(script, world, tmp_path):
     sound = {name: torch.load(world / NAME[name] / 'checkpoint.pth', weights_only=True) for name in (script, GENERIC)}
     ways = routes(script, world, out)
 
-    @fuzz(60 if script in (GENERIC, CLS) else 40)
+    @fuzz(120 if script in (GENERIC, CLS) else 80)
     @given(st.data())
     def check(data):
         way = data.draw(st.sampled_from([*ways, *[name for name in ways if name.startswith('--')] * 2]))
