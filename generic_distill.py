@@ -470,7 +470,7 @@ def open_log(args, key, last):
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise models.InputError(f'--output_dir {args.output_dir} cannot be made ({error.strerror}): choose another') from error
+        raise models.InputError(f'--output_dir {args.output_dir} cannot be made: {error.strerror}') from error
     (output / 'args.json').write_text(json.dumps(vars(args), indent=2) + '\n')
     lines = (output / 'log.txt').read_text().splitlines() if (output / 'log.txt').exists() else []
     kept = [line for line in lines if line.endswith('}') and json.loads(line)[key] <= last]

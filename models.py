@@ -92,30 +92,32 @@ def parse_args(parser):
     return parser.parse_args(words + sys.argv[1:])
 
 
-# the numbers of all scripts that have another range than from 0 to what 31 bits (whole) or floating-point numbers hold
+# ranges of the numbers of all scripts; of every other one from 0 to what 31 bits hold, or to 1e30: beyond, products of two
+# are no float32
 AT_LEAST_1 = ('input_size', 'batch_size', 'accum_iter', 'epochs', 'iterations', 'eval_every', 'print_freq', 'window_size',
               'fpn_dim', 'head_dim', 'anchor_size', 'proposals', 'roi_batch')
 ABOVE_0 = ('distillation_tau', 'cwd_tau', 'cat_max_ratio', 'layer_decay')
-AT_MOST_1 = ('drop_path', 'mask_ratio', 'distillation_alpha', 'layer_decay', 'smoothing', 'reprob', 'cat_max_ratio')
+AT_MOST = {'mask_ratio': 1, 'distillation_alpha': 1, 'layer_decay': 1, 'smoothing': 1, 'reprob': 1, 'cat_max_ratio': 1,
+           'drop_path': 0.99, 'weight_decay': 1000, 'distillation_tau': 1000, 'cwd_tau': 1000, 'seed': 2 ** 63}
 
 
 def check_values(args):
-    """Raises InputError for a flag's number that cannot be meant (negative, not finite, outside of its range) or its name."""
+    """Raises InputError for a number that cannot be meant (negative, not finite, outside of the flag's range), or a name."""
     for name, value in vars(args).items():
         if isinstance(value, str) and not value.startswith('https://') and (
                 '\0' in value or len(value) > 3000 or any(len(os.fsencode(part)) > 255 for part in value.split('/'))):
             raise InputError(f'--{name}: no file has such a name, {len(value)} characters long: {value[:40]!r} ...')
         numbers = [part for part in (value if isinstance(value, list) else [value]) if isinstance(part, (int, float))]
         for number in numbers:
-            most = 1 if name in AT_MOST_1 else sys.float_info.max if isinstance(number, float) else 2 ** 31 - 1
+            most = AT_MOST.get(name, 1e30 if isinstance(number, float) else 2 ** 31 - 1)
             if name in AT_LEAST_1 and not number >= 1:
                 raise InputError(f'--{name} must be at least 1, not {number}')
             if name in ABOVE_0 and not number > 0:
                 raise InputError(f'--{name} must be above 0, not {number}')
             if not number >= 0:
                 raise InputError(f'--{name} must not be negative, and not {number}')
-            if not number <= (2 ** 63 if name == 'seed' else most) or (name == 'drop_path' and number == 1):
-                raise InputError(f'--{name} must be {"below" if name == "drop_path" else "at most"} {most}, not {number}')
+            if not number <= most:
+                raise InputError(f'--{name} must be at most {most}, not {number}')
 
 
 # ------------------------------------------------------------------------------------------------------------- names
@@ -396,7 +398,7 @@ def create_vit_like(state_dict, name, img_size=224, path='the checkpoint'):
                          'or one fine-tuned by MAE, DeiT or timm')
     head, dim = state_dict['head.weight'], parse_name(name).size.dim
     if head.ndim != 2 or head.shape[1] != dim:
-        raise InputError(f'{path} was not made by {name}: head.weight is {tuple(head.shape)}, with {dim} expected as the last')
+        raise InputError(f'{path} was not made by {name}: head.weight is {tuple(head.shape)}, not (classes, {dim})')
     return create_vit(name, len(head), img_size, distilled='head_dist.weight' in state_dict,
                       global_pool='avg' if 'fc_norm.weight' in state_dict else 'token')
 
@@ -654,7 +656,7 @@ def stored_args(checkpoint):
 
 
 def check_run(checkpoint, optimizer, scaler, path):
-    """Raises InputError unless counters, optimizer and loss scaler of a checkpoint are what these scripts write for these."""
+    """Raises InputError unless counters, optimizer and loss scaler of a checkpoint are what these scripts write for them."""
     def fail(what):
         raise InputError(f'{path} cannot be resumed: {what}')
 
@@ -667,7 +669,7 @@ def check_run(checkpoint, optimizer, scaler, path):
     if not isinstance(numbers, dict) or not all(isinstance(value, (int, float)) for value in numbers.values()) or (
             numbers and not own.keys() <= numbers.keys()):
         fail('its loss scaler is another one')
-    own, parameters = optimizer.state_dict()['param_groups'], [p for group in optimizer.param_groups for p in group['params']]
+    own, parameters = optimizer.state_dict()['param_groups'], [p for own in optimizer.param_groups for p in own['params']]
     groups, moments = (state.get(key) if isinstance(state, dict) else None for key in ('param_groups', 'state'))
     if not isinstance(groups, list) or not isinstance(moments, dict) or any(
             not isinstance(group, dict) or not isinstance(group.get('params'), list) for group in groups) \

@@ -781,7 +781,10 @@ def evaluate(model, loader, coco, device, args):
     if args.rank == 0:
         results.sort(key=lambda entry: (entry['image_id'], -entry['score']))  # in one order on any number of processes
         if args.results_json:
-            Path(args.results_json).write_text(json.dumps(results))
+            try:
+                Path(args.results_json).write_text(json.dumps(results))
+            except OSError as error:
+                raise models.InputError(f'--results_json {args.results_json}: {error.strerror}') from error
         stats = [average_precision(coco, results)]
     if args.distributed:
         dist.broadcast_object_list(stats)
@@ -982,7 +985,7 @@ def open_log(args, key, last):
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise models.InputError(f'--output_dir {args.output_dir} cannot be made ({error.strerror}): choose another') from error
+        raise models.InputError(f'--output_dir {args.output_dir} cannot be made: {error.strerror}') from error
     (output / 'args.json').write_text(json.dumps(vars(args), indent=2) + '\n')
     lines = (output / 'log.txt').read_text().splitlines() if (output / 'log.txt').exists() else []
     kept = [line for line in lines if line.endswith('}') and json.loads(line)[key] <= last]
