@@ -215,7 +215,7 @@ def test_any_command_line_runs_or_is_refused_in_one_line(script, world, tmp_path
 
     check()
     changed = {name for name, content in contents(world).items() if before.get(name) != content}
-    assert not {name for name in changed if not name.endswith(('args.json', 'log.txt', 'checkpoint.pth'))}
+    assert not {name for name in changed if name.startswith(('imagenet/', 'coco/', 'ade/'))}  # no run touches its data
 
 
 def test_any_augmentation_policy_works_or_is_refused_in_one_line():
