@@ -691,6 +691,7 @@ def check_classes(theirs, ours, path):
     """Raises InputError if a checkpoint knows its class names and they are not, in order, those of the data."""
     if theirs is not None and not (isinstance(theirs, (list, tuple)) and all(isinstance(name, str) for name in theirs)):
         raise InputError(f'{path}: its classes are no list of names')
+    ours = ours or []  # stage 1 has none
     if theirs is not None and list(theirs) != list(ours):
         differing = next((pair for pair in zip(theirs, ours) if pair[0] != pair[1]), None)
         differing = f'{differing[0]!r} is {differing[1]!r} here' if differing else 'the others are the same'
