@@ -162,7 +162,7 @@ $(error set ADE20K=folder with images/ and annotations/, each with training/ and
 endif
 endif
 
-.PHONY: help demo test lint diff results clean data coco ade bench bench-growth \
+.PHONY: help demo test test-fuzz lint diff results clean data coco ade bench bench-growth \
 	reproduce-table2 reproduce-table3 reproduce-table4 reproduce-table5 reproduce-ade20k reproduce-all
 .DELETE_ON_ERROR:
 # stage 1's checkpoints are kept
@@ -319,6 +319,11 @@ demo: .venv/installed  ## install into .venv, draw toy data, run Table 2 in mini
 
 test: .venv/installed lint  ## install into .venv, lint, and run all tests
 	$(VENV) -m pytest -q --durations=10 tests
+
+# how many times the inputs that `make test` draws
+FUZZ ?= 20
+test-fuzz: .venv/installed  ## draw FUZZ times as many nonsense arguments, files and annotations as `test` does, and count them
+	FUZZ=$(FUZZ) $(VENV) -m pytest -q -s tests/test_fuzz.py
 
 lint: .venv/installed  ## mistakes only: unused names, shadowing, common bugs
 	$(VENV) -m ruff check --isolated --line-length 125 --select E4,E5,E7,E9,F,B,A,PLE --ignore B905 .

@@ -147,12 +147,12 @@ def build_data(args, num_patches):
         raise models.InputError('--data_path is missing: a folder of images, for ImageNet the one that holds train/')
     if args.data_set == 'folder':
         root = Path(args.data_path)
-        root = root / 'train' if (root / 'train').is_dir() else root
-        if not root.is_dir():
+        root = root / 'train' if os.path.isdir(root / 'train') else root
+        if not os.path.isdir(root):
             raise models.InputError(f'--data_path: there is no folder {root}')
         try:
-            dataset = FlatFolder(root)
-        except FileNotFoundError as error:
+            dataset = FlatFolder(root, loader=models.read_rgb)
+        except OSError as error:
             raise models.InputError(f'--data_path: there is no image in {root} or below it') from error
     else:
         dataset = models.load_cifar(args, train=True)
@@ -364,21 +364,21 @@ def start_run(args):
     Raises InputError; writes nothing.
     """
     args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    if args.device.startswith('cuda') and not torch.cuda.is_available():
-        raise models.InputError(f'--device {args.device}: this machine has no usable GPU')
-    if len(args.input_size) > 2 or min(args.input_size) < 1:
+    models.check_values(args)
+    kind, _, index = args.device.partition(':')
+    if kind not in ('cpu', 'cuda') or not (index or '0').isdecimal():
+        raise models.InputError(f'--device {args.device}: give cpu, cuda or cuda:N')
+    if kind == 'cuda' and not int(index or 0) < torch.cuda.device_count():
+        raise models.InputError(f'--device {args.device}: this machine has no usable GPU of that number')
+    if len(args.input_size) > 2:
         raise models.InputError('--input_size takes one positive number, or height and width')
     args.input_size = (args.input_size * 2)[:2]
-    for flag in ('batch_size', 'accum_iter', 'print_freq'):
-        if getattr(args, flag) < 1:
-            raise models.InputError(f'--{flag} must be at least 1')
-    for flag in ('seed', 'num_workers', 'save_every', 'lr', 'weight_decay', 'clip_grad'):
-        if not (getattr(args, flag) or 0) >= 0:
-            raise models.InputError(f'--{flag} must not be negative')
-    if Path(args.output_dir).is_file():
+    # os.path: pathlib raises on a folder that may not be read
+    if os.path.isfile(args.output_dir):
         raise models.InputError(f'--output_dir {args.output_dir} is a file: give a folder')
-    used = [name for name in ('checkpoint.pth', 'log.txt', 'args.json') if (Path(args.output_dir) / name).exists()]
-    own = args.resume == 'auto' or (args.resume and Path(args.resume).resolve().parent == Path(args.output_dir).resolve())
+    used = [name for name in ('checkpoint.pth', 'log.txt', 'args.json') if os.path.exists(Path(args.output_dir) / name)]
+    own = args.resume == 'auto' or (
+        args.resume and os.path.dirname(os.path.realpath(args.resume)) == os.path.realpath(args.output_dir))
     if used and not own and not getattr(args, 'eval', False):
         raise models.InputError(f'--output_dir {args.output_dir} holds another run ({", ".join(used)}): choose another '
                                 'folder, or go on with it by --resume auto')
@@ -441,7 +441,7 @@ def resume_checkpoint(args, model, optimizer, scaler, classes, fixed=(), **train
     checkpoint of such a run, or of other classes. Says which arguments differ.
     """
     path = Path(args.output_dir) / 'checkpoint.pth' if args.resume == 'auto' else args.resume
-    found = bool(path) and (args.resume != 'auto' or path.exists())
+    found = bool(path) and (args.resume != 'auto' or os.path.exists(path))
     if args.distributed:
         everywhere = [None] * args.world_size
         dist.all_gather_object(everywhere, found)
@@ -458,21 +458,18 @@ def resume_checkpoint(args, model, optimizer, scaler, classes, fixed=(), **train
     models.check_classes(checkpoint.get('classes'), classes, path)
     for name, module in training_only.items():
         models.load_exactly(module, checkpoint[name], path)
-    given = [{key: group[key] for key in ('weight_decay', 'lr_scale') if key in group} for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(checkpoint['optimizer'])
-    except (ValueError, KeyError) as error:
-        raise models.InputError(f'{path} cannot be resumed: the optimizer has other groups ({error})') from error
-    for group, values in zip(optimizer.param_groups, given):
-        group.update(values)  # a value that was changed by hand wins over the file's
+    models.check_run(checkpoint, optimizer, scaler, path)
+    # the file's moments with the settings of this run: a value that was changed by hand wins over the file's
+    optimizer.load_state_dict({**optimizer.state_dict(), 'state': checkpoint['optimizer']['state']})
     if checkpoint['scaler']:  # empty where the run was not in fp16
         scaler.load_state_dict(checkpoint['scaler'])
-    changed = [name for name, value in checkpoint['args'].items() if getattr(args, name, value) != value]
+    stored = models.stored_args(checkpoint)
+    changed = [name for name, value in stored.items() if getattr(args, name, value) != value]
     changed = [name for name in changed if name not in ('config', 'resume', 'output_dir', 'rank', 'local_rank')]
     for name in set(fixed) & set(changed):
-        raise models.InputError(f'{path} cannot be resumed: --{name} was {checkpoint["args"][name]}')
+        raise models.InputError(f'{path} cannot be resumed: --{name} was {stored[name]}')
     models.say(f'resumed {path} after epoch {checkpoint["epoch"] + 1}' +
-               ''.join(f'; {name} is {getattr(args, name)}, was {checkpoint["args"][name]}' for name in changed))
+               ''.join(f'; {name} is {getattr(args, name)}, was {stored[name]}' for name in changed))
     return checkpoint['epoch'] + 1, checkpoint['train_seconds']
 
 
@@ -481,7 +478,10 @@ def open_log(args, key, last):
     if args.rank:
         return
     output = Path(args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise models.InputError(f'--output_dir {args.output_dir} cannot be made: {error.strerror}') from error
     (output / 'args.json').write_text(json.dumps(vars(args), indent=2) + '\n')
     lines = (output / 'log.txt').read_text().splitlines() if (output / 'log.txt').exists() else []
     kept = [line for line in lines if line.endswith('}') and json.loads(line)[key] <= last]

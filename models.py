@@ -8,6 +8,7 @@ Distillation of Masked Autoencoders" (CVPR 2023); Touvron et al., "Training data
 import argparse
 import hashlib
 import json
+import math
 import os
 import pickle
 import pickletools
@@ -15,6 +16,7 @@ import random
 import re
 import sys
 import warnings
+import zipfile
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +26,7 @@ import torch
 import torch.distributed as dist
 import torchvision
 import torch.nn.functional as F
+from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Mlp, PatchEmbed, resample_abs_pos_embed, to_2tuple, trunc_normal_
 from timm.models.deit import VisionTransformerDistilled
@@ -34,6 +37,10 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop, v2
 
 class InputError(ValueError):
     """Something that the user gave cannot work. The scripts print it as one line and exit with an error status."""
+
+    def __init__(self, message):
+        # names of files may hold line breaks. Out of a data worker it comes with a traceback, whose last line it is
+        super().__init__(message if message.startswith('Caught ') else ' '.join(message.splitlines()))
 
 
 def say(*words):
@@ -59,7 +66,7 @@ def parse_args(parser):
     try:
         stored = json.loads(Path(args.config).read_text())
         script, processes = stored['script'], stored['world_size']
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f'--config {args.config} is no args.json of these scripts '
                          f'({type(error).__name__}: {error})') from error
     # places to write to, and values that a run worked out from a flag that is now given by hand
@@ -69,7 +76,7 @@ def parse_args(parser):
         left_out.add('lr')
     if '--data_path' in by_hand and stored.get('data_path'):
         left_out |= {name for name in ('train_annotations', 'train_images', 'val_annotations', 'val_images')
-                     if Path(stored.get(name) or '').is_relative_to(stored['data_path'])}
+                     if Path(str(stored.get(name) or '')).is_relative_to(stored['data_path'])}
     foreign = [name for name in stored if name not in {*vars(args), *left_out}]
     if foreign:
         raise InputError(f'--config {args.config} is of {script}: {Path(sys.argv[0]).name} has no --{foreign[0]}')
@@ -86,6 +93,34 @@ def parse_args(parser):
     if processes != int(os.environ.get('WORLD_SIZE', 1)) and os.environ.get('RANK', '0') == '0':
         print(f'note: {args.config} is of a run on {processes} processes', flush=True)
     return parser.parse_args(words + sys.argv[1:])
+
+
+# ranges of the numbers of all scripts; of every other one from 0 to what 31 bits hold, or to 1e30: beyond, products of two
+# are no float32
+AT_LEAST_1 = ('input_size', 'batch_size', 'accum_iter', 'epochs', 'iterations', 'eval_every', 'print_freq', 'window_size',
+              'fpn_dim', 'head_dim', 'anchor_size', 'proposals', 'roi_batch')
+ABOVE_0 = ('distillation_tau', 'cwd_tau', 'cat_max_ratio', 'layer_decay')
+AT_MOST = {'mask_ratio': 1, 'distillation_alpha': 1, 'layer_decay': 1, 'smoothing': 1, 'reprob': 1, 'cat_max_ratio': 1,
+           'drop_path': 0.99, 'weight_decay': 1000, 'distillation_tau': 1000, 'cwd_tau': 1000, 'seed': 2 ** 63}
+
+
+def check_values(args):
+    """Raises InputError for a number that cannot be meant (negative, not finite, outside of the flag's range), or a name."""
+    for name, value in vars(args).items():
+        if isinstance(value, str) and not value.startswith('https://') and (
+                '\0' in value or len(value) > 3000 or any(len(os.fsencode(part)) > 255 for part in value.split('/'))):
+            raise InputError(f'--{name}: no file has such a name, {len(value)} characters long: {value[:40]!r} ...')
+        numbers = [part for part in (value if isinstance(value, list) else [value]) if isinstance(part, (int, float))]
+        for number in numbers:
+            most = AT_MOST.get(name, 1e30 if isinstance(number, float) else 2 ** 31 - 1)
+            if name in AT_LEAST_1 and not number >= 1:
+                raise InputError(f'--{name} must be at least 1, not {number}')
+            if name in ABOVE_0 and not number > 0:
+                raise InputError(f'--{name} must be above 0, not {number}')
+            if not number >= 0:
+                raise InputError(f'--{name} must not be negative, and not {number}')
+            if not number <= most:
+                raise InputError(f'--{name} must be at most {most}, not {number}')
 
 
 # ------------------------------------------------------------------------------------------------------------- names
@@ -123,7 +158,7 @@ class Name(NamedTuple):
 
 def parse_name(name):
     """`mae_vit_small_patch16_dec256d4b`, `mae_vit_base_patch16` or `vit_small_patch16` -> Name. Raises InputError."""
-    match = re.fullmatch(r'(mae_)?vit_([a-z]+)_patch(\d+)(?:_dec(\d+)d(\d+)b)?', name)
+    match = re.fullmatch(r'(mae_)?vit_([a-z]+)_patch(\d{1,4})(?:_dec(\d{1,5})d(\d{1,3})b)?', name)
     if not match or match[2] not in SIZES or int(match[3]) == 0 or (match[4] and not match[1]):
         raise InputError(f'unknown model name {name!r}: expected vit_SIZE_patchP, mae_vit_SIZE_patchP or '
                          f'mae_vit_SIZE_patchP_decWIDTHdBLOCKSb with SIZE one of {", ".join(SIZES)}')
@@ -370,7 +405,10 @@ def create_vit_like(state_dict, name, img_size=224, path='the checkpoint'):
     if 'head.weight' not in state_dict:
         raise InputError(f'{path} has no classification head (head.weight): give a checkpoint of specific_distill_cls.py, '
                          'or one fine-tuned by MAE, DeiT or timm')
-    return create_vit(name, len(state_dict['head.weight']), img_size, distilled='head_dist.weight' in state_dict,
+    head, dim = state_dict['head.weight'], parse_name(name).size.dim
+    if head.ndim != 2 or head.shape[1] != dim:
+        raise InputError(f'{path} was not made by {name}: head.weight is {tuple(head.shape)}, not (classes, {dim})')
+    return create_vit(name, len(head), img_size, distilled='head_dist.weight' in state_dict,
                       global_pool='avg' if 'fc_norm.weight' in state_dict else 'token')
 
 
@@ -408,7 +446,8 @@ def from_hugging_face(state_dict):
         renamed[key] = value
     for key in [k for k in renamed if '.attn.query.' in k]:
         parts = [key.replace('.query.', f'.{part}.') for part in ('query', 'key', 'value')]
-        if not all(isinstance(renamed.get(p), torch.Tensor) for p in parts):
+        shapes = {renamed[p].shape if p in renamed else None for p in parts}
+        if len(shapes) > 1 or renamed[key].ndim not in (1, 2):
             raise InputError(f'{key} has no matching key and value: the file is incomplete')
         renamed[key.replace('.query.', '.qkv.')] = torch.cat([renamed.pop(p) for p in parts])
     return renamed
@@ -453,12 +492,16 @@ def read_checkpoint(path):
     Raises InputError, naming what is wrong with the file.
     """
     path = fetch(path) if str(path).startswith('https://') else Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # pathlib's raises on a folder that may not be read
         raise InputError(f'no checkpoint file at {path}')
     try:
         if path.suffix == '.safetensors':
             from safetensors.torch import load_file
             return load_file(path)
+        if zipfile.is_zipfile(path):  # torch does not compress: what unpacks to more than the file was made to fill memory
+            with zipfile.ZipFile(path) as file:
+                if sum(part.file_size for part in file.infolist()) > path.stat().st_size:
+                    raise InputError('it is compressed')
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter('ignore')
             return torch.load(path, map_location='cpu', weights_only=True)
@@ -486,21 +529,40 @@ def load_checkpoint(path):
     return flat_state_dict(read_checkpoint(path), path)
 
 
+# of weights and counters; without complex, packed and 8-bit floating-point numbers, of which torch cannot do everything
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8,
+          torch.uint8, torch.bool)
+
+
+def check_weights(state, path):
+    """Raises InputError unless this is a dict of plain tensors by name, none larger than what the file holds of it."""
+    if not isinstance(state, dict) or not state:
+        raise InputError(f'{path} holds no state dict')
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided \
+                or value.dtype not in DTYPES or value.device.type != 'cpu':
+            raise InputError(f'{path}: entry {key!r} is not a plain tensor with a name ({type(value).__name__})')
+        # a file of a few kB can claim a tensor of any size by expanding one number
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise InputError(f'{path}: entry {key!r} claims {value.numel()} numbers that the file does not hold')
+
+
+def misfit(value, own):
+    """What keeps a file's plain tensor from taking the place of the model's `own`, as words; None if nothing does."""
+    if value.shape != own.shape:
+        return f'is {tuple(value.shape)} in the file and {tuple(own.shape)} in the model'
+    if value.is_floating_point() != own.is_floating_point():
+        return f'is of type {value.dtype} in the file and {own.dtype} in the model'
+    return None if value.to(own.dtype).isfinite().all() else 'has numbers that are not finite'
+
+
 def flat_state_dict(checkpoint, path):
     """What `read_checkpoint` gave -> flat state dict; `path` is for messages. See `load_checkpoint`."""
     state = checkpoint
     if isinstance(checkpoint, dict):
         state = next((checkpoint[key] for key in ('model', 'state_dict', 'teacher', 'student')
                       if isinstance(checkpoint.get(key), dict)), checkpoint)
-    if not isinstance(state, dict) or not state:
-        raise InputError(f'{path} holds no state dict')
-    for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided \
-                or value.is_quantized or value.device.type != 'cpu':
-            raise InputError(f'{path}: entry {key!r} is not a plain tensor with a name ({type(value).__name__})')
-        # a file of a few kB can claim a tensor of any size by expanding one number
-        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise InputError(f'{path}: entry {key!r} claims {value.numel()} numbers that the file does not hold')
+    check_weights(state, path)
     # DINO's and iBOT's wrapper; a network for detection or segmentation has a backbone among other parts, and keeps the name
     whole = any(re.match(r'(module\.)?(rpn|decode_head)\.', key) for key in state)
     prefix = r'^module\.' if whole else r'^(module\.)?(backbone\.)?'
@@ -532,18 +594,19 @@ def fit_positions(model, state_dict, path):
     done = []
     for key in ('pos_embed', 'decoder_pos_embed'):
         table, own = state_dict.get(key), dict(model.named_parameters()).get(key)
-        if table is None or own is None or table.ndim != 3:
-            continue
+        if table is None or own is None or table.ndim != 3 or len(table) != 1 or table.shape[2] != own.shape[-1]:
+            continue  # what has another shape is named when it is loaded
         grid = tuple(own.shape[1:3]) if own.ndim == 4 else model.patch_embed.grid_size
         length = grid[0] * grid[1]
         candidates = (2, 1) if 'dist_token' in state_dict else (1,)
         prefix = next((k for k in candidates if table.shape[1] - k == length), None)
         if prefix is None:
-            prefix = next((k for k in candidates if round((table.shape[1] - k) ** 0.5) ** 2 == table.shape[1] - k), None)
+            prefix = next((k for k in candidates if table.shape[1] > k
+                           and math.isqrt(table.shape[1] - k) ** 2 == table.shape[1] - k), None)
             if prefix is None:
                 raise InputError(f'{path}: {key} has {table.shape[1]} rows, which is no class token and square grid; '
                                  f'the model has a grid of {grid[0]}x{grid[1]}: give the --input_size it was trained at')
-            side = round((table.shape[1] - prefix) ** 0.5)
+            side = math.isqrt(table.shape[1] - prefix)
             table = resize_positions(table, prefix, grid)
             done.append(f'{key} {side}x{side} -> {grid[0]}x{grid[1]}')
         wanted = own.shape[1] - length
@@ -562,16 +625,17 @@ def fit_positions(model, state_dict, path):
 
 def load_exactly(model, state_dict, path):
     """Loads a state dict that must match name by name and shape by shape. Raises InputError that names what differs."""
+    check_weights(state_dict, path)
     own = model.state_dict()
     missing, unexpected = [k for k in own if k not in state_dict], [k for k in state_dict if k not in own]
     if any(k.startswith('decoder') for k in missing) and not any(k.startswith('decoder') for k in state_dict):
         raise InputError(f'{path} has no decoder ({missing[0]} and {len(missing) - 1} more are missing): {DECODER_HELP}')
-    wrong = [k for k in own if k in state_dict and state_dict[k].shape != own[k].shape]
+    wrong = next((f'{k} {misfit(state_dict[k], own[k])}' for k in own
+                  if k in state_dict and misfit(state_dict[k], own[k])), None)
     if missing or unexpected or wrong:
         reasons = [f'{len(names)} {what}, first {names[0]!r}' for what, names in
                    (('missing', missing), ('unexpected', unexpected)) if names]
-        reasons += [f'{k} is {tuple(state_dict[k].shape)} in the file and {tuple(own[k].shape)} in the model'
-                    for k in wrong[:1]]
+        reasons += [wrong] if wrong else []
         raise InputError(f'{path} was not made by this architecture ({"; ".join(reasons)}): give the model name and '
                          'input size that it was trained with')
     model.load_state_dict(state_dict)
@@ -590,8 +654,53 @@ def load_teacher(model, path, state_dict=None):
     return model.requires_grad_(False).eval()
 
 
+def stored_args(checkpoint):
+    """The arguments of the run that wrote a checkpoint: those that are plain values, or lists of them; {} if there are none.
+
+    A file can hold anything in their place, which would be compared and printed.
+    """
+    stored, plain = checkpoint.get('args'), (str, int, float, bool, type(None))
+    return {name: value for name, value in (stored.items() if isinstance(stored, dict) else ()) if isinstance(name, str)
+            and all(isinstance(part, plain) for part in (value if isinstance(value, (list, tuple)) else [value]))}
+
+
+def check_run(checkpoint, optimizer, scaler, path):
+    """Raises InputError unless counters, optimizer and loss scaler of a checkpoint are what these scripts write for them."""
+    def fail(what):
+        raise InputError(f'{path} cannot be resumed: {what}')
+
+    epoch, seconds, state = (checkpoint[key] for key in ('epoch', 'train_seconds', 'optimizer'))
+    if type(epoch) is not int or not 0 <= epoch < 2 ** 31:
+        fail('its epoch is no number that a run counts to')
+    if not isinstance(seconds, (int, float)) or not 0 <= seconds < 2 ** 31:
+        fail('its train_seconds are no time that a run takes')
+    numbers, own = checkpoint['scaler'], scaler.state_dict()  # both may be empty: only fp16 has a scale
+    if not isinstance(numbers, dict) or not all(isinstance(value, (int, float)) for value in numbers.values()) or (
+            numbers and not own.keys() <= numbers.keys()):
+        fail('its loss scaler is another one')
+    own, parameters = optimizer.state_dict()['param_groups'], [p for own in optimizer.param_groups for p in own['params']]
+    groups, moments = (state.get(key) if isinstance(state, dict) else None for key in ('param_groups', 'state'))
+    if not isinstance(groups, list) or not isinstance(moments, dict) or any(
+            not isinstance(group, dict) or not isinstance(group.get('params'), list) for group in groups) \
+            or [len(group['params']) for group in groups] != [len(group['params']) for group in own]:
+        fail('the optimizer has other groups')
+    for index, entries in moments.items():
+        if type(index) is not int or not 0 <= index < len(parameters) or not isinstance(entries, dict):
+            fail('the optimizer has other parameters')
+        check_weights(entries, f'{path}, optimizer')
+        for name in ('step', 'exp_avg', 'exp_avg_sq'):
+            if name not in entries:
+                fail(f'the optimizer has no {name} of parameter {index}')
+            reason = misfit(entries[name], torch.zeros(()) if name == 'step' else parameters[index])
+            if reason:
+                fail(f'{name} of the optimizer\'s parameter {index} {reason}')
+
+
 def check_classes(theirs, ours, path):
     """Raises InputError if a checkpoint knows its class names and they are not, in order, those of the data."""
+    if theirs is not None and not (isinstance(theirs, (list, tuple)) and all(isinstance(name, str) for name in theirs)):
+        raise InputError(f'{path}: its classes are no list of names')
+    ours = ours or []  # stage 1 has none
     if theirs is not None and list(theirs) != list(ours):
         differing = next((pair for pair in zip(theirs, ours) if pair[0] != pair[1]), None)
         differing = f'{differing[0]!r} is {differing[1]!r} here' if differing else 'the others are the same'
@@ -627,9 +736,8 @@ def load_pretrained(model, path):
                r'cls_token|blocks\.\d+\.attn\.k_bias$)'
     new = [k for k in own if k not in state or re.match(r'^head(_dist)?\.', k)]
     left_out = [k for k in state if k not in own or k in new]
-    for k in (k for k in own if k in state and k not in new and state[k].shape != own[k].shape):
-        raise InputError(f'{path} holds another architecture: {k} is {tuple(state[k].shape)} there and '
-                         f'{tuple(own[k].shape)} in the model; give the right --model')
+    for k in (k for k in own if k in state and k not in new and misfit(state[k], own[k])):
+        raise InputError(f'{path} holds another architecture: {k} {misfit(state[k], own[k])}; give the right --model')
     if 'norm.weight' in new and 'fc_norm.weight' in state:
         raise InputError(f'{path} was trained with global pooling and has no norm for a class token: give --global_pool')
     by_design = r'^(head\.|head_dist\.|dist_token|fc_norm\.|blocks\.\d+\.(gamma_[12]|attn\.rel(ative)?_pos\w*)$)'
@@ -663,6 +771,37 @@ def seed_everything(*key):
     torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 100 times as long, too slow per sample
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(seed)
+
+
+def open_image(path):
+    """Image file -> Pillow's image, its header read; raises InputError for a size that no photograph has, or Pillow's error.
+
+    A header of a few bytes can claim any number of pixels, and resizing the short side of a strip makes its long one huge.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', Image.DecompressionBombWarning)  # above 89 million pixels, PIL.Image.MAX_IMAGE_PIXELS
+        file = Image.open(path)
+    if max(file.size) > 200 * min(file.size):
+        raise InputError(f'{file.width} x {file.height} pixels are a strip, not an image')
+    return file
+
+
+def to_rgb(file):
+    """Opened Pillow image -> RGB; of an animation the first frame. Raises InputError where 0 to white is not known.
+
+    16-bit grey is reduced to its upper byte, as Pillow does with 16-bit colours; its convert() would clip all above 255.
+    """
+    if file.mode.startswith('I;16') or (file.mode == 'I' and file.format in ('PNG', 'PPM')):
+        return Image.fromarray((np.asarray(file) // 256).astype(np.uint8)).convert('RGB')
+    if file.mode in ('I', 'F'):
+        raise InputError(f'pixels of mode {file.mode}, 32 bits, have no known white: store 8 or 16')
+    return file.convert('RGB')
+
+
+def read_rgb(path):
+    """Image file -> Pillow image in RGB; see `open_image` and `to_rgb`."""
+    with open_image(path) as file:
+        return to_rgb(file)
 
 
 @cache
@@ -715,7 +854,7 @@ class SeededDataset(torch.utils.data.Dataset):
                 image, label = self.dataset[index]
             except Exception as error:  # decoders raise nearly anything on a damaged file
                 name = self.dataset.samples[index][0] if hasattr(self.dataset, 'samples') else f'sample {index}'
-                bad_files.append(f'{name} ({(str(error) or type(error).__name__).splitlines()[0]})')
+                bad_files.append(' '.join(f'{name} ({str(error) or type(error).__name__})'.splitlines()))
                 index = (index + 1) % len(self.dataset)
                 continue
             return self.transform(image), label, '\n'.join(bad_files)

@@ -36,7 +36,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
 from timm.layers import LayerNorm2d, trunc_normal_
 from timm.models import checkpoint_seq
 from timm.models.vision_transformer_sam import (
@@ -145,20 +144,15 @@ def resolve_recipe(args):
                                 'patch that 4 divides, and one side, a multiple of 4 patches')
     if args.teacher_path and models.parse_name(args.teacher_model).patch != patch:
         raise models.InputError(f'{args.model} and {args.teacher_model} differ in patch size: their pyramids do not match')
-    for flag in ('iterations', 'eval_every', 'window_size', 'head_dim', 'anchor_size', 'proposals', 'roi_batch', 'fpn_dim'):
-        if getattr(args, flag) < 1:
-            raise models.InputError(f'--{flag} must be at least 1')
-    for flag in ('warmup_iterations', 'distill_warmup'):
-        if getattr(args, flag) < 0:
-            raise models.InputError(f'--{flag} must not be negative')
     if args.warmup_iterations >= args.iterations and not args.eval:
         raise models.InputError(f'--warmup_iterations {args.warmup_iterations} must be below --iterations {args.iterations}')
-    if args.results_json and (Path(args.results_json).is_dir() or not Path(args.results_json).absolute().parent.is_dir()):
+    if args.results_json and (os.path.isdir(args.results_json) or not Path(args.results_json).absolute().parent.is_dir()):
         raise models.InputError(f'--results_json {args.results_json}: give a file in a folder that exists')
-    if not 0 <= args.drop_path < 1:
-        raise models.InputError('--drop_path must be at least 0 and below 1')
-    if not 0 < args.scale_jitter[0] <= args.scale_jitter[1] < math.inf:
-        raise models.InputError('--scale_jitter takes two positive factors, the smaller one first')
+    if args.results_json and not args.eval and Path(os.path.realpath(args.output_dir)).is_relative_to(
+            os.path.realpath(args.results_json)):
+        raise models.InputError(f'--results_json {args.results_json} will be the output folder: give a file')
+    if not 0 < args.scale_jitter[0] <= args.scale_jitter[1] <= 100:
+        raise models.InputError('--scale_jitter takes two positive factors up to 100, the smaller one first')
     for split in ('train', 'val'):
         for what, default in (('annotations', f'annotations/instances_{split}2017.json'), ('images', f'{split}2017')):
             flag = f'{split}_{what}'
@@ -221,7 +215,7 @@ def read_coco(path, image_folder):
     objects, known = {entry['id']: [] for entry in images}, {entry['id'] for entry in categories}
     if len(objects) < len(images) or len(known) < len(categories):
         fail('two images, or two categories, have the same id')
-    if not Path(image_folder).is_dir():
+    if not os.path.isdir(image_folder):
         fail(f'its images should be in {image_folder}, which is no folder')
     present = {file.name for file in os.scandir(image_folder)}  # one listing is faster than a query per file
     for entry in images:
@@ -340,9 +334,9 @@ class CocoDataset(torch.utils.data.Dataset):
         image, kept = json.loads(self.buffer[start:self.ends[index]].tobytes())
         path = self.folder / image['file_name']
         try:
-            with Image.open(path) as file:
+            with models.open_image(path) as file:
                 width, height = file.size
-                pixels = None if header_only else v2.functional.pil_to_tensor(file.convert('RGB'))
+                pixels = None if header_only else v2.functional.pil_to_tensor(models.to_rgb(file))
         except Exception as error:  # decoders raise nearly anything on a damaged file
             raise models.InputError(f'cannot read {path} ({(str(error) or type(error).__name__).splitlines()[0]}): mend '
                                     'the file, or remove it from the annotations') from error
@@ -653,7 +647,7 @@ def load_detector(name, path, classes, args):
         raise models.InputError(f'{path} holds no detector: give a checkpoint of specific_distill_det.py')
     models.check_classes(checkpoint.get('classes'), classes, path)
     # anchors and windows change what a network does, and no shape tells
-    trained = checkpoint['args'] if isinstance(checkpoint.get('args'), dict) else {}
+    trained = models.stored_args(checkpoint)
     for flag in ('input_size', 'window_size', 'fpn_dim', 'head_dim', 'anchor_size'):
         theirs = trained.get(flag, getattr(args, flag))
         if theirs != getattr(args, flag):
@@ -789,7 +783,10 @@ def evaluate(model, loader, coco, device, args):
     if args.rank == 0:
         results.sort(key=lambda entry: (entry['image_id'], -entry['score']))  # in one order on any number of processes
         if args.results_json:
-            Path(args.results_json).write_text(json.dumps(results))
+            try:
+                Path(args.results_json).write_text(json.dumps(results))
+            except OSError as error:
+                raise models.InputError(f'--results_json {args.results_json}: {error.strerror}') from error
         stats = [average_precision(coco, results)]
     if args.distributed:
         dist.broadcast_object_list(stats)
@@ -875,21 +872,21 @@ def start_run(args):
     Raises InputError; writes nothing.
     """
     args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    if args.device.startswith('cuda') and not torch.cuda.is_available():
-        raise models.InputError(f'--device {args.device}: this machine has no usable GPU')
-    if len(args.input_size) > 2 or min(args.input_size) < 1:
+    models.check_values(args)
+    kind, _, index = args.device.partition(':')
+    if kind not in ('cpu', 'cuda') or not (index or '0').isdecimal():
+        raise models.InputError(f'--device {args.device}: give cpu, cuda or cuda:N')
+    if kind == 'cuda' and not int(index or 0) < torch.cuda.device_count():
+        raise models.InputError(f'--device {args.device}: this machine has no usable GPU of that number')
+    if len(args.input_size) > 2:
         raise models.InputError('--input_size takes one positive number, or height and width')
     args.input_size = (args.input_size * 2)[:2]
-    for flag in ('batch_size', 'accum_iter', 'print_freq'):
-        if getattr(args, flag) < 1:
-            raise models.InputError(f'--{flag} must be at least 1')
-    for flag in ('seed', 'num_workers', 'save_every', 'lr', 'weight_decay', 'clip_grad'):
-        if not (getattr(args, flag) or 0) >= 0:
-            raise models.InputError(f'--{flag} must not be negative')
-    if Path(args.output_dir).is_file():
+    # os.path: pathlib raises on a folder that may not be read
+    if os.path.isfile(args.output_dir):
         raise models.InputError(f'--output_dir {args.output_dir} is a file: give a folder')
-    used = [name for name in ('checkpoint.pth', 'log.txt', 'args.json') if (Path(args.output_dir) / name).exists()]
-    own = args.resume == 'auto' or (args.resume and Path(args.resume).resolve().parent == Path(args.output_dir).resolve())
+    used = [name for name in ('checkpoint.pth', 'log.txt', 'args.json') if os.path.exists(Path(args.output_dir) / name)]
+    own = args.resume == 'auto' or (
+        args.resume and os.path.dirname(os.path.realpath(args.resume)) == os.path.realpath(args.output_dir))
     if used and not own and not getattr(args, 'eval', False):
         raise models.InputError(f'--output_dir {args.output_dir} holds another run ({", ".join(used)}): choose another '
                                 'folder, or go on with it by --resume auto')
@@ -952,7 +949,7 @@ def resume_checkpoint(args, model, optimizer, scaler, classes, fixed=(), **train
     checkpoint of such a run, or of other classes. Says which arguments differ.
     """
     path = Path(args.output_dir) / 'checkpoint.pth' if args.resume == 'auto' else args.resume
-    found = bool(path) and (args.resume != 'auto' or path.exists())
+    found = bool(path) and (args.resume != 'auto' or os.path.exists(path))
     if args.distributed:
         everywhere = [None] * args.world_size
         dist.all_gather_object(everywhere, found)
@@ -969,21 +966,18 @@ def resume_checkpoint(args, model, optimizer, scaler, classes, fixed=(), **train
     models.check_classes(checkpoint.get('classes'), classes, path)
     for name, module in training_only.items():
         models.load_exactly(module, checkpoint[name], path)
-    given = [{key: group[key] for key in ('weight_decay', 'lr_scale') if key in group} for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(checkpoint['optimizer'])
-    except (ValueError, KeyError) as error:
-        raise models.InputError(f'{path} cannot be resumed: the optimizer has other groups ({error})') from error
-    for group, values in zip(optimizer.param_groups, given):
-        group.update(values)  # a value that was changed by hand wins over the file's
+    models.check_run(checkpoint, optimizer, scaler, path)
+    # the file's moments with the settings of this run: a value that was changed by hand wins over the file's
+    optimizer.load_state_dict({**optimizer.state_dict(), 'state': checkpoint['optimizer']['state']})
     if checkpoint['scaler']:  # empty where the run was not in fp16
         scaler.load_state_dict(checkpoint['scaler'])
-    changed = [name for name, value in checkpoint['args'].items() if getattr(args, name, value) != value]
+    stored = models.stored_args(checkpoint)
+    changed = [name for name, value in stored.items() if getattr(args, name, value) != value]
     changed = [name for name in changed if name not in ('config', 'resume', 'output_dir', 'rank', 'local_rank')]
     for name in set(fixed) & set(changed):
-        raise models.InputError(f'{path} cannot be resumed: --{name} was {checkpoint["args"][name]}')
+        raise models.InputError(f'{path} cannot be resumed: --{name} was {stored[name]}')
     models.say(f'resumed {path} after epoch {checkpoint["epoch"] + 1}' +
-               ''.join(f'; {name} is {getattr(args, name)}, was {checkpoint["args"][name]}' for name in changed))
+               ''.join(f'; {name} is {getattr(args, name)}, was {stored[name]}' for name in changed))
     return checkpoint['epoch'] + 1, checkpoint['train_seconds']
 
 
@@ -992,7 +986,10 @@ def open_log(args, key, last):
     if args.rank:
         return
     output = Path(args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise models.InputError(f'--output_dir {args.output_dir} cannot be made: {error.strerror}') from error
     (output / 'args.json').write_text(json.dumps(vars(args), indent=2) + '\n')
     lines = (output / 'log.txt').read_text().splitlines() if (output / 'log.txt').exists() else []
     kept = [line for line in lines if line.endswith('}') and json.loads(line)[key] <= last]

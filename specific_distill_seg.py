@@ -33,7 +33,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.beit import Beit
 from timm.optim import create_optimizer_v2
@@ -133,22 +132,13 @@ def resolve_recipe(args):
         raise models.InputError(f'--input_size {" ".join(map(str, args.input_size))}: crops are square, give one side')
     if args.teacher_path and models.parse_name(args.teacher_model).patch != name.patch:
         raise models.InputError(f'{args.model} and {args.teacher_model} differ in patch size: their logit maps do not match')
-    for flag in ('iterations', 'eval_every'):
-        if getattr(args, flag) < 1:
-            raise models.InputError(f'--{flag} must be at least 1')
     if args.nb_classes is not None and not 2 <= args.nb_classes <= 254:
         raise models.InputError('--nb_classes must be at least 2, and at most 254: labels are bytes and 255 means ignore')
     if not 0 <= args.warmup_iterations < args.iterations and not args.eval:
         raise models.InputError(f'--warmup_iterations {args.warmup_iterations} must be at least 0 and below --iterations '
                                 f'{args.iterations}')
-    if not 0 <= args.drop_path < 1:
-        raise models.InputError('--drop_path must be at least 0 and below 1')
-    if not args.cwd_tau > 0:
-        raise models.InputError('--cwd_tau must be above 0')
-    if not 0 < args.ratio_range[0] <= args.ratio_range[1] < math.inf:
-        raise models.InputError('--ratio_range takes two positive factors, the smaller one first')
-    if not 0 < args.cat_max_ratio <= 1:
-        raise models.InputError('--cat_max_ratio must be above 0 and at most 1')
+    if not 0 < args.ratio_range[0] <= args.ratio_range[1] <= 100:
+        raise models.InputError('--ratio_range takes two positive factors up to 100, the smaller one first')
     # pooled to one pixel, a single image leaves batch norm nothing to compare; on GPUs it sees all processes
     if args.batch_size < 2 and not args.eval and not (args.device.startswith('cuda') and args.world_size > 1):
         raise models.InputError('--batch_size 1: batch norm behind the head\'s 1x1 pooling needs at least 2 images')
@@ -164,7 +154,7 @@ def resolve_recipe(args):
 def read_file(path, decode):
     """decode(opened Pillow image); decoders raise nearly anything on a damaged file: an InputError that names it."""
     try:
-        with Image.open(path) as file:
+        with models.open_image(path) as file:
             return decode(file)
     except Exception as error:
         raise models.InputError(f'cannot read {path} ({(str(error) or type(error).__name__).splitlines()[0]}): mend the '
@@ -173,7 +163,7 @@ def read_file(path, decode):
 
 def read_image(path):
     """Image file -> (3, H, W) uint8 in RGB. Raises InputError."""
-    return read_file(path, lambda file: v2.functional.pil_to_tensor(file.convert('RGB')))
+    return read_file(path, lambda file: v2.functional.pil_to_tensor(models.to_rgb(file)))
 
 
 def read_label(path, reduce_zero_label):
@@ -192,7 +182,7 @@ def list_pairs(data_path, split):
     files = {}
     for kind, endings in (('images', ('.jpg', '.jpeg', '.png')), ('annotations', ('.png',))):
         folder = Path(data_path) / kind / split
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise models.InputError(f'there is no folder {folder}: the layout is images/{split}/ and annotations/{split}/')
         found = sorted(file for file in folder.iterdir() if file.suffix.lower() in endings)
         files[kind] = {file.stem: file for file in found}
@@ -309,6 +299,7 @@ def read_classes(args, splits):
         checkpoint = models.read_checkpoint(args.resume)
         if not isinstance(checkpoint, dict) or not checkpoint.get('classes'):
             raise models.InputError(f'{args.resume} names no classes: is it a checkpoint of specific_distill_seg.py?')
+        models.check_classes(checkpoint['classes'], checkpoint['classes'], args.resume)
         return checkpoint['classes']
     if number is None:
         models.say('reading all labels to count the classes; --nb_classes spares this')
@@ -479,10 +470,10 @@ def load_segmenter(name, path, classes, args):
     if 'decode_head.conv_seg.weight' not in state:
         raise models.InputError(f'{path} holds no segmentation network: give a checkpoint of specific_distill_seg.py')
     models.check_classes(checkpoint.get('classes'), classes, path)
-    trained = checkpoint['args'] if isinstance(checkpoint.get('args'), dict) else {}
+    trained = models.stored_args(checkpoint)
     theirs = trained.get('input_size', args.input_size)
     if theirs != args.input_size:
-        theirs = theirs[0] if isinstance(theirs, list) else theirs
+        theirs = ' '.join(map(str, theirs)) if isinstance(theirs, list) else theirs
         raise models.InputError(f'{path} was trained with --input_size {theirs}, not with {args.input_size[0]}')
     model = Segmenter(name, len(classes), args.input_size[0])
     models.load_exactly(model, state, path)
@@ -676,21 +667,21 @@ def start_run(args):
     Raises InputError; writes nothing.
     """
     args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    if args.device.startswith('cuda') and not torch.cuda.is_available():
-        raise models.InputError(f'--device {args.device}: this machine has no usable GPU')
-    if len(args.input_size) > 2 or min(args.input_size) < 1:
+    models.check_values(args)
+    kind, _, index = args.device.partition(':')
+    if kind not in ('cpu', 'cuda') or not (index or '0').isdecimal():
+        raise models.InputError(f'--device {args.device}: give cpu, cuda or cuda:N')
+    if kind == 'cuda' and not int(index or 0) < torch.cuda.device_count():
+        raise models.InputError(f'--device {args.device}: this machine has no usable GPU of that number')
+    if len(args.input_size) > 2:
         raise models.InputError('--input_size takes one positive number, or height and width')
     args.input_size = (args.input_size * 2)[:2]
-    for flag in ('batch_size', 'accum_iter', 'print_freq'):
-        if getattr(args, flag) < 1:
-            raise models.InputError(f'--{flag} must be at least 1')
-    for flag in ('seed', 'num_workers', 'save_every', 'lr', 'weight_decay', 'clip_grad'):
-        if not (getattr(args, flag) or 0) >= 0:
-            raise models.InputError(f'--{flag} must not be negative')
-    if Path(args.output_dir).is_file():
+    # os.path: pathlib raises on a folder that may not be read
+    if os.path.isfile(args.output_dir):
         raise models.InputError(f'--output_dir {args.output_dir} is a file: give a folder')
-    used = [name for name in ('checkpoint.pth', 'log.txt', 'args.json') if (Path(args.output_dir) / name).exists()]
-    own = args.resume == 'auto' or (args.resume and Path(args.resume).resolve().parent == Path(args.output_dir).resolve())
+    used = [name for name in ('checkpoint.pth', 'log.txt', 'args.json') if os.path.exists(Path(args.output_dir) / name)]
+    own = args.resume == 'auto' or (
+        args.resume and os.path.dirname(os.path.realpath(args.resume)) == os.path.realpath(args.output_dir))
     if used and not own and not getattr(args, 'eval', False):
         raise models.InputError(f'--output_dir {args.output_dir} holds another run ({", ".join(used)}): choose another '
                                 'folder, or go on with it by --resume auto')
@@ -753,7 +744,7 @@ def resume_checkpoint(args, model, optimizer, scaler, classes, fixed=(), **train
     checkpoint of such a run, or of other classes. Says which arguments differ.
     """
     path = Path(args.output_dir) / 'checkpoint.pth' if args.resume == 'auto' else args.resume
-    found = bool(path) and (args.resume != 'auto' or path.exists())
+    found = bool(path) and (args.resume != 'auto' or os.path.exists(path))
     if args.distributed:
         everywhere = [None] * args.world_size
         dist.all_gather_object(everywhere, found)
@@ -770,21 +761,18 @@ def resume_checkpoint(args, model, optimizer, scaler, classes, fixed=(), **train
     models.check_classes(checkpoint.get('classes'), classes, path)
     for name, module in training_only.items():
         models.load_exactly(module, checkpoint[name], path)
-    given = [{key: group[key] for key in ('weight_decay', 'lr_scale') if key in group} for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(checkpoint['optimizer'])
-    except (ValueError, KeyError) as error:
-        raise models.InputError(f'{path} cannot be resumed: the optimizer has other groups ({error})') from error
-    for group, values in zip(optimizer.param_groups, given):
-        group.update(values)  # a value that was changed by hand wins over the file's
+    models.check_run(checkpoint, optimizer, scaler, path)
+    # the file's moments with the settings of this run: a value that was changed by hand wins over the file's
+    optimizer.load_state_dict({**optimizer.state_dict(), 'state': checkpoint['optimizer']['state']})
     if checkpoint['scaler']:  # empty where the run was not in fp16
         scaler.load_state_dict(checkpoint['scaler'])
-    changed = [name for name, value in checkpoint['args'].items() if getattr(args, name, value) != value]
+    stored = models.stored_args(checkpoint)
+    changed = [name for name, value in stored.items() if getattr(args, name, value) != value]
     changed = [name for name in changed if name not in ('config', 'resume', 'output_dir', 'rank', 'local_rank')]
     for name in set(fixed) & set(changed):
-        raise models.InputError(f'{path} cannot be resumed: --{name} was {checkpoint["args"][name]}')
+        raise models.InputError(f'{path} cannot be resumed: --{name} was {stored[name]}')
     models.say(f'resumed {path} after epoch {checkpoint["epoch"] + 1}' +
-               ''.join(f'; {name} is {getattr(args, name)}, was {checkpoint["args"][name]}' for name in changed))
+               ''.join(f'; {name} is {getattr(args, name)}, was {stored[name]}' for name in changed))
     return checkpoint['epoch'] + 1, checkpoint['train_seconds']
 
 
@@ -793,7 +781,10 @@ def open_log(args, key, last):
     if args.rank:
         return
     output = Path(args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise models.InputError(f'--output_dir {args.output_dir} cannot be made: {error.strerror}') from error
     (output / 'args.json').write_text(json.dumps(vars(args), indent=2) + '\n')
     lines = (output / 'log.txt').read_text().splitlines() if (output / 'log.txt').exists() else []
     kept = [line for line in lines if line.endswith('}') and json.loads(line)[key] <= last]

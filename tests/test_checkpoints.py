@@ -1,12 +1,21 @@
 """Checkpoint files that others wrote, damaged ones, and ones that want to run code. Sec.: the paper's."""
 import argparse
+import ast
 import builtins
 import collections
+import functools
+import importlib
+import io
+import math
+import operator
 import os
 import pathlib
 import pickle
+import re
+import struct
 import subprocess
 import types
+import zipfile
 
 import pytest
 import timm
@@ -609,6 +618,195 @@ def test_allowing_namespace_ends_with_the_read(tmp_path):
     assert argparse.Namespace not in before
     with pytest.raises(pickle.UnpicklingError):
         torch.load(path, weights_only=True)
+
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+UNSAFE = {'pickle.load', 'pickle.loads', 'pickle.Unpickler', 'torch.serialization.load', 'joblib.load', 'np.load',
+          'numpy.load', 'torch.jit.load', 'marshal.loads', 'shelve.open', 'torch.package.PackageImporter', 'torch.hub.load',
+          'torch.hub.load_state_dict_from_url'}
+
+
+@pytest.mark.parametrize('path', sorted([*ROOT.glob('*.py'), *ROOT.glob('tools/*.py')]), ids=lambda path: path.name)
+def test_nothing_is_unpickled_except_weights_only(path):
+    """README, bad data: the one reader of checkpoints says weights_only=True; nothing else unpickles."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    loads = [node for node in calls if ast.unparse(node.func) == 'torch.load']
+    assert not UNSAFE & {ast.unparse(node.func) for node in calls}
+    assert len(loads) == (path.name == 'models.py')
+    for node in loads:
+        assert {word.arg: ast.unparse(word.value) for word in node.keywords}['weights_only'] == 'True'
+    for line in re.findall(r'torch\.load\(.*', path.read_text()):  # also where one is only printed
+        assert 'weights_only=True' in line
+
+
+def indirect(marker):
+    """Ways to a call that name no dangerous function at first."""
+    touch = f'touch {marker}'
+    system = Payload(getattr, Payload(getattr, Payload(importlib.import_module, 'pathlib'), 'os'), 'system')
+    return {
+        'getattr': Payload(list, Payload(map, system, [touch])),
+        'import_module': Payload(operator.methodcaller('system', touch), Payload(importlib.import_module, 'os')),
+        'methodcaller': Payload(operator.methodcaller('mkdir'), pathlib.PosixPath(str(marker))),
+        'partial': Payload(functools.partial(os.system, touch)),
+        'map': Payload(list, Payload(map, os.system, [touch]))}
+
+
+@pytest.mark.parametrize('suffix', ['pth', 'bin', 'safetensors'])
+@pytest.mark.parametrize('writer', WRITERS)
+@pytest.mark.parametrize('name', ['getattr', 'import_module', 'methodcaller', 'partial', 'map', 'system'])
+def test_a_detour_to_a_call_is_refused_whatever_the_file_is_called(tmp_path, writer, name, suffix):
+    """README, bad data: chains of getattr, imports and partial calls run nothing; nor does a pickle named .safetensors."""
+    marker, path = tmp_path / 'marker', tmp_path / f'file.{suffix}'
+    payload = {**indirect(marker), **payloads(marker)}[name]
+    if writer != 'pickle':
+        payload = {'model': encoder(), 'optimizer': {'state': {0: {'exp_avg': payload}}, 'param_groups': [{'lr': payload}]}}
+    WRITERS[writer](payload, path)
+    message = refusal(models.read_checkpoint, path)
+    assert str(path) in message and not marker.exists()
+    if writer == 'pickle':
+        read_carelessly(writer, path)
+        assert marker.exists()
+
+
+def peak():
+    """Largest resident memory since it was set back, MB."""
+    return int(re.search(r'VmHWM:\s+(\d+)', pathlib.Path('/proc/self/status').read_text())[1]) / 1024
+
+
+def rewritten(folder, change, compression=zipfile.ZIP_STORED, numbers=1000):
+    """torch's zip of one tensor, with its pickle changed."""
+    whole = io.BytesIO(save(folder, {'model': {'a': torch.zeros(numbers)}}).read_bytes())
+    with zipfile.ZipFile(whole) as old, zipfile.ZipFile(folder / 'new.pth', 'w', compression) as new:
+        for name in old.namelist():
+            new.writestr(name, change(old.read(name)) if name.endswith('data.pkl') else old.read(name))
+    return folder / 'new.pth'
+
+
+def claims(folder):
+    """Files of a few kB that ask for gigabytes, by functions that torch allows."""
+    def rebuild(size, stride):
+        return Payload(torch._utils._rebuild_tensor_v2, torch.zeros(2).storage(), 0, size, stride, False, {})
+
+    thousand, billion = b'M' + struct.pack('<H', 1000), b'J' + struct.pack('<i', 10 ** 9)
+    return {
+        'a storage of 4 GB': lambda: rewritten(folder, lambda content: content.replace(thousand, billion)),
+        'compressed zeros': lambda: rewritten(folder, bytes, zipfile.ZIP_DEFLATED, 10 ** 8),
+        'more than the storage': lambda: save(folder, {'model': {'a': rebuild((10 ** 5, 10 ** 5), (10 ** 5, 1))}}),
+        'one number expanded': lambda: save(folder, {'model': {'a': rebuild((10 ** 5, 10 ** 5), (0, 0))}}),
+        'a negative size': lambda: save(folder, {'model': {'a': rebuild((-1, 10 ** 9), (1, 1))}}),
+        'a stride beyond': lambda: save(folder, {'model': {'a': rebuild((2, 2), (2 ** 62, 1))}}),
+        'the same in the legacy format': lambda: save(folder, {'model': {'a': rebuild((10 ** 4, 10 ** 5), (10 ** 5, 1))}},
+                                                      _use_new_zipfile_serialization=False),
+        'a bytearray': lambda: save(folder, {'model': {'a': Payload(bytearray, 10 ** 13)}}),
+        'a tensor of a size': lambda: save(folder, {'model': {'a': Payload(torch.Tensor, 10 ** 7, 10 ** 7)}})}
+
+
+@pytest.mark.skipif(not pathlib.Path('/proc/self/clear_refs').exists(), reason='the peak of memory is read from /proc')
+@pytest.mark.parametrize('name', claims(None))
+def test_a_file_that_claims_more_than_it_holds_takes_no_memory(tmp_path, name):
+    """README, bad data: sizes are checked before anything is allocated, also those of functions that torch allows."""
+    path = claims(tmp_path)[name]()
+    assert path.stat().st_size < 500_000
+    pathlib.Path('/proc/self/clear_refs').write_text('5')
+    before = peak()
+    refusal(models.load_checkpoint, path)
+    assert peak() - before < 100
+
+
+@pytest.mark.parametrize('shape', [(10 ** 12, 0), (3,), (), (3, 31), (0, 3, 32), (3, 32, 1)])
+def test_a_head_of_an_absurd_shape_is_refused_before_it_is_built(shape):
+    """README, bad data: the number of classes is read from a shape, which costs a file nothing."""
+    state = {**encoder(), 'head.weight': torch.zeros(shape)}
+    assert str(shape) in refusal(models.create_vit_like, state, 'vit_pico_patch8', 32)
+
+
+SPOILT = {
+    'complex': (lambda value: value.to(torch.complex64), 'not a plain tensor'),
+    '8-bit floats': (lambda value: value.to(torch.float8_e4m3fn), 'not a plain tensor'),
+    'integers': (lambda value: value.long(), 'torch.int64'),
+    'booleans': (lambda value: value > 0, 'torch.bool'),
+    'NaN': (lambda value: value * math.nan, 'not finite'),
+    'an infinite number': (lambda value: torch.cat([value[:1] / 0, value[1:]]), 'not finite'),
+    'beyond float32': (lambda value: value.double() * 1e300, 'not finite'),
+    'another shape': (lambda value: value[:-1], 'is (31,)')}
+
+
+@pytest.mark.parametrize('case', SPOILT)
+def test_a_weight_of_another_type_or_without_a_value_is_named(tmp_path, case):
+    """README, bad data: nothing is cast from complex, whole or true numbers, and NaN is found before the first step."""
+    change, word = SPOILT[case]
+    state = full_mae()
+    state['blocks.1.norm2.weight'] = change(state['blocks.1.norm2.weight'])
+    path = save(tmp_path, {'model': state})
+    for message in (refusal(models.load_teacher, models.create_mae('mae_vit_pico_patch8', 32), path),
+                    refusal(models.load_pretrained, models.create_vit('vit_pico_patch8', 5, 32), path)):
+        assert word in message and 'blocks.1.norm2.weight' in message
+
+
+def at(*where, to):
+    """A change of one place in nested dicts and lists; Ellipsis deletes it."""
+    def apply(content):
+        for key in where[:-1]:
+            content = content[key]
+        content[where[-1]] = to
+        if to is ...:
+            del content[where[-1]]
+    return apply
+
+
+UNFIT = {
+    'epoch of another type': (at('epoch', to='3'), 'epoch'), 'negative epoch': (at('epoch', to=-1), 'epoch'),
+    'true epoch': (at('epoch', to=True), 'epoch'), 'huge epoch': (at('epoch', to=10 ** 30), 'epoch'),
+    'time of another type': (at('train_seconds', to='x'), 'train_seconds'),
+    'time of no number': (at('train_seconds', to=math.nan), 'train_seconds'),
+    'endless time': (at('train_seconds', to=1e300), 'train_seconds'),
+    'scaler of another type': (at('scaler', to=[1]), 'scaler'), 'scaler of words': (at('scaler', 'scale', to='x'), 'scaler'),
+    'no optimizer': (at('optimizer', to=None), 'groups'),
+    'optimizer without groups': (at('optimizer', 'param_groups', to=...), 'groups'),
+    'group of another type': (at('optimizer', 'param_groups', 0, to=3), 'groups'),
+    'group without parameters': (at('optimizer', 'param_groups', 0, 'params', to=...), 'groups'),
+    'other number of parameters': (at('optimizer', 'param_groups', 0, 'params', to=[0]), 'groups'),
+    'state of another type': (at('optimizer', 'state', to=[1]), 'groups'),
+    'unknown parameter': (at('optimizer', 'state', 7, to={}), 'parameters'),
+    'name for a parameter': (at('optimizer', 'state', 'a', to={}), 'parameters'),
+    'moments of another type': (at('optimizer', 'state', 0, to=[1]), 'parameters'),
+    'no moment': (at('optimizer', 'state', 0, 'exp_avg', to=...), 'exp_avg of parameter 0'),
+    'moment of another shape': (at('optimizer', 'state', 0, 'exp_avg', to=torch.zeros(2)), 'exp_avg of the optimizer'),
+    'moment that is a number': (at('optimizer', 'state', 1, 'exp_avg_sq', to=3.0), "'exp_avg_sq'"),
+    'moment of NaN': (at('optimizer', 'state', 1, 'exp_avg_sq', to=torch.full((3,), math.nan)), 'not finite'),
+    'moment that is no memory': (at('optimizer', 'state', 0, 'exp_avg', to=torch.zeros(1).expand(3, 2)), "'exp_avg'"),
+    'step of another shape': (at('optimizer', 'state', 0, 'step', to=torch.zeros(2)), 'step of the optimizer')}
+
+
+@pytest.mark.parametrize('case', ['nothing', *UNFIT])
+def test_what_does_not_fit_the_run_that_goes_on_is_named(case):
+    """README, bad data: counters, optimizer and scaler of --resume are checked before anything of them is used."""
+    layer = torch.nn.Linear(2, 3)
+    optimizer, scaler = torch.optim.AdamW(layer.parameters()), torch.amp.GradScaler('cpu', enabled=True)
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    checkpoint = {'epoch': 3, 'train_seconds': 1.5, 'scaler': scaler.state_dict(), 'optimizer': optimizer.state_dict()}
+    if case == 'nothing':
+        return models.check_run(checkpoint, optimizer, scaler, 'file.pth')
+    change, word = UNFIT[case]
+    change(checkpoint)
+    message = refusal(models.check_run, checkpoint, optimizer, scaler, 'file.pth')
+    assert word in message and 'file.pth' in message
+
+
+def test_only_plain_arguments_of_a_checkpoint_are_looked_at():
+    """README, bad data: what else lies in `args` is never compared or printed."""
+    plain = {'lr': 1e-3, 'input_size': [16, 16], 'model': 'x', 'eval': False, 'resume': None}
+    hostile = {3: 1, ('a',): 2, 'tensor': torch.zeros(3), 'nested': [[1]], 'inner': {'a': 1}, 'names': [torch.zeros(2)]}
+    assert models.stored_args({'args': {**plain, **hostile}}) == plain
+    for nothing in ({}, {'args': None}, {'args': [1]}, {'args': argparse.Namespace(lr=1)}):
+        assert models.stored_args(nothing) == {}
+
+
+@pytest.mark.parametrize('classes', [3, 'names', {'a': 1}, [1, 2], [['a']], [None], [torch.zeros(2)]])
+def test_classes_that_are_no_names_are_refused(classes):
+    """README, bad data: class names of a checkpoint are text in a list."""
+    assert 'no list of names' in refusal(models.check_classes, classes, ['a', 'b'], 'file')
 
 
 # --------------------------------------------------------------------------------------------------------- classifiers

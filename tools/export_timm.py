@@ -66,7 +66,8 @@ def main(args):
         torch.save(theirs.state_dict(), file)
     call = ', '.join([*map(repr, names), *(f'{key}={value!r}' for key, value in options.items())])
     print(f'# {len(theirs.state_dict())} entries; largest difference of logits {difference:.1g}\n'
-          f'import timm, torch\nmodel = {function}({call})\nmodel.load_state_dict(torch.load({str(args.out)!r}))')
+          f'import timm, torch\nmodel = {function}({call})\n'
+          f'model.load_state_dict(torch.load({str(args.out)!r}, weights_only=True))')
 
 
 if __name__ == '__main__':

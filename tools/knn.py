@@ -28,7 +28,7 @@ def load_encoder(path, model_name=None, input_size=None):
     """
     checkpoint = models.read_checkpoint(path)
     checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
-    stored = checkpoint['args'] if isinstance(checkpoint.get('args'), dict) else {}
+    stored = models.stored_args(checkpoint)
     name, size = model_name or stored.get('model'), ((input_size or stored.get('input_size', [224])) * 2)[:2]
     if name is None:
         raise models.InputError(f'{path} does not name its network: give --model, for example vit_base_patch16')

@@ -33,8 +33,8 @@ MARK = 'G2SD tools/predict.py'  # in a picture's EXIF, as its software: a pictur
 def open_image(path):
     """Image file -> RGB image, as it is stored; raises InputError if Pillow cannot read it."""
     try:
-        file = Image.open(path)
-        turn, image = file.getexif().get(ExifTags.Base.Orientation, 1), file.convert('RGB')
+        file = models.open_image(path)
+        turn, image = file.getexif().get(ExifTags.Base.Orientation, 1), models.to_rgb(file)
     except Exception as error:  # decoders raise nearly anything on a damaged file
         raise models.InputError(f'cannot read the image {path}: {str(error) or type(error).__name__}') from error
     if turn != 1:
@@ -57,7 +57,7 @@ def load_classifier(path, model_name=None, input_size=None, checkpoint=None):
     checkpoint = models.read_checkpoint(path) if checkpoint is None else checkpoint
     state = dict(models.flat_state_dict(checkpoint, path))
     # arguments stored by other projects (MAE, DeiT) name their networks and sizes differently: not read
-    args = argparse.Namespace(**(checkpoint['args'] if isinstance(checkpoint.get('args'), dict) else {}))
+    args = argparse.Namespace(**models.stored_args(checkpoint))
     args.model = model_name or getattr(args, 'model', None)
     args.input_size = ((input_size or getattr(args, 'input_size', [224])) * 2)[:2]
     if args.model is None:
@@ -90,8 +90,8 @@ def read_own(checkpoint, path, what, script, flag):
 
     Raises InputError, also for networks of torchvision and mmsegmentation, which have the same names.
     """
-    stored, classes = checkpoint.get('args'), checkpoint.get('classes')
-    if not isinstance(stored, dict) or flag not in stored or not classes:
+    stored, classes = models.stored_args(checkpoint), checkpoint.get('classes')
+    if flag not in stored or not classes:
         raise models.InputError(f'{path} holds a {what}, but no arguments and classes of {script}')
     return argparse.Namespace(**stored), classes
 

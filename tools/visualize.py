@@ -43,8 +43,7 @@ LEARNT = 0.95  # of the best constant's loss: an untrained decoder is above 1, a
 def read_file(path):
     """(state dict, arguments that our scripts stored beside it, else {}). Raises InputError."""
     checkpoint = models.read_checkpoint(path)
-    state, stored = models.flat_state_dict(checkpoint, path), checkpoint.get('args')
-    return state, stored if isinstance(stored, dict) else {}
+    return models.flat_state_dict(checkpoint, path), models.stored_args(checkpoint)
 
 
 def find_teacher(path):
