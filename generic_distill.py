@@ -151,7 +151,8 @@ def build_data(args, num_patches):
     sampler = models.EpochSampler(len(dataset), args)
     return torch.utils.data.DataLoader(
         dataset, batch_size=args.batch_size, sampler=sampler, num_workers=args.num_workers,
-        pin_memory=args.device.startswith('cuda'), persistent_workers=args.num_workers > 0, worker_init_fn=models.ignore_stop)
+        worker_init_fn=models.ignore_stop, pin_memory=args.device.startswith('cuda'),
+        persistent_workers=args.num_workers > 0)
 
 
 def feature_loss(pred, target, beta=2.0):

@@ -6,9 +6,11 @@ Sources: He et al., "Masked Autoencoders Are Scalable Vision Learners" (CVPR 202
 Distillation of Masked Autoencoders" (CVPR 2023); Touvron et al., "Training data-efficient image transformers" (ICML 2021).
 """
 import argparse
+import atexit
 import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
 import pickle
 import pickletools
@@ -95,6 +97,17 @@ def ignore_stop(_):
     """Start of a data worker: a signal to the whole tree of processes must leave it to its parent, which needs it."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers():
+    """At exit: Python would send data workers a signal that they ignore, and wait for them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes their end for an error
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            worker.kill()
+
+
+atexit.register(end_workers)
 
 
 def stop_asked():
