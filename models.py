@@ -617,9 +617,9 @@ def read_checkpoint(path):
 
 def check_whole(path):
     """Raises InputError if a file of torch.save differs by a single bit from what was written; torch.load does not look."""
-    if not zipfile.is_zipfile(path):  # torch's old format, or another program's, has no checksums
-        return
     try:
+        if not zipfile.is_zipfile(path):  # torch's old format, or another program's, has no checksums
+            return
         with zipfile.ZipFile(path) as archive:
             # sums of contents and copies of names cover all but the attributes, which torch leaves 0 and obeys
             damaged = archive.testzip() or next((e.filename for e in archive.infolist() if e.external_attr), None)
