@@ -754,7 +754,7 @@ def start_run(args):
             raise models.InputError(f'--{flag} must not be negative')
     if Path(args.output_dir).is_file():
         raise models.InputError(f'--output_dir {args.output_dir} is a file: give a folder')
-    used = [name for name in ('checkpoint.pth', 'checkpoint-previous.pth', 'log.txt', 'args.json')
+    used = [name for name in ('checkpoint.pth', 'previous.pth', 'log.txt', 'args.json')
             if (Path(args.output_dir) / name).exists()]
     own = args.resume == 'auto' or (args.resume and Path(args.resume).resolve().parent == Path(args.output_dir).resolve())
     if used and not own and not getattr(args, 'eval', False):
@@ -792,7 +792,7 @@ def scale_lr(args, paper_batch, blr=None):
 
 
 def save_checkpoint(args, progress, model, optimizer, scaler, classes, epoch, **training_only):
-    """Writes output_dir/checkpoint.pth from rank 0, and keeps the one before it as checkpoint-previous.pth.
+    """Writes output_dir/checkpoint.pth from rank 0, and keeps the one before it as previous.pth.
 
     epoch: the last one that is finished; within the one behind it the position is kept, too. Every --save_every epochs also
     checkpoint-N.pth. training_only: further modules, kept beside the model under their own names. All processes call it.
@@ -804,7 +804,7 @@ def save_checkpoint(args, progress, model, optimizer, scaler, classes, epoch, **
              'epoch': epoch, **position, 'args': vars(args), 'classes': classes,
              **{name: module.state_dict() for name, module in training_only.items()}}
     path = Path(args.output_dir) / 'checkpoint.pth'
-    models.write_file(path, partial(torch.save, state), previous=path.with_name('checkpoint-previous.pth'))
+    models.write_file(path, partial(torch.save, state), previous=path.with_name('previous.pth'))
     step = position['step']
     if not step and args.save_every and (epoch + 1) % args.save_every == 0:
         models.write_file(path.with_name(f'checkpoint-{epoch}.pth'), partial(torch.save, state))
@@ -814,11 +814,11 @@ def save_checkpoint(args, progress, model, optimizer, scaler, classes, epoch, **
 def resume_checkpoint(args, progress, model, optimizer, scaler, classes, fixed=(), **training_only):
     """Loads --resume (a path, or auto) exactly; returns the first epoch to run, of which `progress` knows what is done.
 
-    auto takes checkpoint-previous.pth where checkpoint.pth is damaged. fixed: arguments that must be as they were;
+    auto takes previous.pth where checkpoint.pth is damaged. fixed: arguments that must be as they were;
     training_only: as in `save_checkpoint`. Raises InputError if the file is no checkpoint of such a run, or of other
     classes. Says which arguments differ.
     """
-    names = ('checkpoint.pth', 'checkpoint-previous.pth') if args.resume == 'auto' else ()
+    names = ('checkpoint.pth', 'previous.pth') if args.resume == 'auto' else ()
     path, checkpoint = models.newest_whole([Path(args.output_dir) / name for name in names])
     if args.resume and args.resume != 'auto':
         path, checkpoint = args.resume, models.read_checkpoint(args.resume)

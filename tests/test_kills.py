@@ -321,7 +321,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before_it(damage, data
     assert start(CLS, data, tmp_path) is None
     warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith('warning: ')]
     assert len(warned) == (damage != 'missing')
-    assert all('checkpoint.pth is ' in line and line.endswith('checkpoint-previous.pth') for line in warned)
+    assert all('checkpoint.pth is ' in line and line.endswith('previous.pth') for line in warned)
     assert_same_run(tmp_path, whole(CLS).out)
 
 

@@ -245,7 +245,7 @@ def test_a_wrong_input_is_refused_in_one_line_before_training(case, inputs, tmp_
 
 
 @BOTH
-@pytest.mark.parametrize('left', ['checkpoint.pth', 'checkpoint-previous.pth', 'log.txt', 'args.json'])
+@pytest.mark.parametrize('left', ['checkpoint.pth', 'previous.pth', 'log.txt', 'args.json'])
 def test_another_runs_folder_is_refused_and_left_as_it_is(script, left, inputs, tmp_path):
     """README: a run is never overwritten by mistake."""
     (tmp_path / left).write_bytes((inputs.chain / 'deit' / left).read_bytes())
@@ -273,7 +273,7 @@ def test_a_resume_from_elsewhere_does_not_overwrite_another_run(script, name, fl
 def test_a_resume_that_fails_leaves_the_folder_as_it_is(damaged, inputs, tmp_path):
     """README: a damaged checkpoint costs neither the log nor the other files of its run, where there is no other one."""
     shutil.copytree(inputs.chain / 'mae', tmp_path, dirs_exist_ok=True)
-    (tmp_path / 'checkpoint-previous.pth').unlink()
+    (tmp_path / 'previous.pth').unlink()
     shutil.copy(inputs.folder / damaged, tmp_path / 'checkpoint.pth')
     before = contents(tmp_path)
     with pytest.raises(models.InputError):
@@ -317,7 +317,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(s
     checkpoint = checkpoint_of(tmp_path)
     assert checkpoint['epoch'] == 0
     assert all(value.isfinite().all() for value in checkpoint['model'].values())
-    written = {'args.json', 'checkpoint.pth', 'log.txt', *(['checkpoint-previous.pth'] if script is CLS else [])}
+    written = {'args.json', 'checkpoint.pth', 'log.txt', *(['previous.pth'] if script is CLS else [])}
     assert {path.name for path in tmp_path.iterdir()} == written  # of the training before an evaluation, one more
 
 

@@ -910,7 +910,7 @@ def test_a_run_writes_its_log_its_arguments_and_its_checkpoints(kind, chain):
     """Names that tools rely on: one line per round with `iteration`, every loss term, mIoU in percent; args.json."""
     out = chain / kind
     assert sorted(path.name for path in out.iterdir()) == [
-        'args.json', 'checkpoint-0.pth', 'checkpoint-1.pth', 'checkpoint-previous.pth', 'checkpoint.pth', 'log.txt']
+        'args.json', 'checkpoint-0.pth', 'checkpoint-1.pth', 'checkpoint.pth', 'log.txt', 'previous.pth']
     lines = log_of(out)
     assert [line['iteration'] for line in lines] == [2, 4]
     terms = ['seg', 'aux', 'cwd'] if kind == 'taught' else ['seg', 'aux']
