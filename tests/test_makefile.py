@@ -23,7 +23,8 @@ out=$(value --output_dir)
 [ -z "$FAIL" ] || [[ $out != *$FAIL ]] || exit 1
 [ -z "$out" ] || { mkdir -p "$out"; echo run > "$out/checkpoint.pth"; }
 [[ $words == *_det.py*  || $words == *_seg.py* ]] && kind=iteration || kind=epoch
-[ -z "$out" ] || echo "{\"$kind\": 1, \"${kind}s\": $([ $kind = epoch ] && echo 2 || echo 1)}" | tee "$out/args.json" > "$out/log.txt"
+[ $kind = epoch ] && total=2 || total=1
+[ -z "$out" ] || echo "{\"$kind\": 1, \"${kind}s\": $total}" | tee "$out/args.json" > "$out/log.txt"
 [ -z "$STOP" ] || [[ $out != *$STOP ]] || echo '{"epoch": 0}' > "$out/log.txt"
 [[ $words == *toy_data.py* && $words == *"only imagenet"* ]] && mkdir -p "$(value --out)/imagenet/val"
 # two programs must not draw into one folder at a time
