@@ -218,7 +218,8 @@ def test_random_kills_cost_nothing(data, whole, tmp_path, capsys):  # noqa: F811
             _, status = os.waitpid(child, 0)
         printed = out.with_suffix('.printed').read_text()
         resumed = place(printed, 'resumed')
-        assert saved is None or resumed >= saved, printed  # what was reported as saved is there
+        if saved is not None and (resumed or state[0:2] > bytes(2)):  # not killed before it looked
+            assert resumed and resumed >= saved, printed  # what was reported as saved is there
         saved = max(filter(None, (saved, resumed, place(printed, 'saved'))), default=None)
         if os.WIFSIGNALED(status):
             killed += 1
