@@ -123,7 +123,12 @@ STAGE2 = $(RUN) specific_distill_cls.py --data_path $(DATA) --output_dir $(@D) -
 DET = $(RUN) specific_distill_det.py --data_path $(COCO_DATA) --output_dir $(@D) --resume auto $(DET_ARGS)
 SEG = $(RUN) specific_distill_seg.py --data_path $(ADE_DATA) --output_dir $(@D) --resume auto $(SEG_ARGS)
 # final.pth appears when all epochs are done; checkpoint.pth of an interrupted run is what --resume auto goes on from
-FINISH = ln -f $(@D)/checkpoint.pth $@ && touch $@
+# a run that a signal stopped ends without an error, too: the last line of its log tells
+FINISHED = $(PYTHON) -c 'import json, sys; args = json.load(open("$(@D)/args.json")); \
+	last = json.loads((open("$(@D)/log.txt").read().splitlines() or ["{}"])[-1]); \
+	sys.exit(0 if last.get("iteration", -1) == args.get("iterations") or last.get("epoch", -2) + 1 == args.get("epochs") \
+	else "$(@D) was interrupted: start make again, it goes on")'
+FINISH = $(FINISHED) && ln -f $(@D)/checkpoint.pth $@ && touch $@
 
 # ---- which rows make a table
 TARGETS := recon recon_gt
@@ -162,7 +167,7 @@ $(error set ADE20K=folder with images/ and annotations/, each with training/ and
 endif
 endif
 
-.PHONY: help demo test test-fuzz lint diff results clean data coco ade bench bench-growth \
+.PHONY: help demo test test-fuzz test-kills lint diff results clean data coco ade bench bench-growth \
 	reproduce-table2 reproduce-table3 reproduce-table4 reproduce-table5 reproduce-ade20k reproduce-all
 .DELETE_ON_ERROR:
 # stage 1's checkpoints are kept
@@ -324,6 +329,10 @@ test: .venv/installed lint  ## install into .venv, lint, and run all tests
 FUZZ ?= 20
 test-fuzz: .venv/installed  ## draw FUZZ times as many nonsense arguments, files and annotations as `test` does, and count them
 	FUZZ=$(FUZZ) $(VENV) -m pytest -q -s tests/test_fuzz.py
+
+KILLS ?= 100
+test-kills: .venv/installed  ## kill a toy run KILLS=100 times at random, resume it, compare its bits (`make test`: 5 times)
+	KILLS=$(KILLS) $(VENV) -m pytest -q tests/test_kills.py
 
 lint: .venv/installed  ## mistakes only: unused names, shadowing, common bugs
 	$(VENV) -m ruff check --isolated --line-length 125 --select E4,E5,E7,E9,F,B,A,PLE --ignore B905 .

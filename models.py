@@ -6,17 +6,22 @@ Sources: He et al., "Masked Autoencoders Are Scalable Vision Learners" (CVPR 202
 Distillation of Masked Autoencoders" (CVPR 2023); Touvron et al., "Training data-efficient image transformers" (ICML 2021).
 """
 import argparse
+import atexit
+import contextlib
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import pickletools
 import random
 import re
+import signal
 import sys
 import warnings
 import zipfile
+from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +36,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Mlp, PatchEmbed, resample_abs_pos_embed, to_2tuple, trunc_normal_
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
+from timm.utils import is_distributed_env, world_info_from_env
 from torch import nn
 from torchvision.transforms import InterpolationMode, RandomResizedCrop, v2
 
@@ -47,6 +53,147 @@ def say(*words):
     """print() on the first process only, at once."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(*words, flush=True)
+
+
+# -------------------------------------------------------------------------------------------- processes, signals and files
+
+
+TIMEOUT = timedelta(minutes=30)  # for one answer of the other processes: longer than an evaluation that one does alone
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # SLURM's, torchrun's and spot machines' request to come to an end
+
+
+class Stopped(Exception):
+    """A signal asked the run to end; all processes agreed and the position is on the disk. The scripts exit with 0."""
+
+
+class Stop:
+    """The stop signal that this process got, 0 while there is none, and the group in which all processes compare theirs.
+
+    The group is gloo's: a comparison in each update must not wait for the GPU.
+    """
+    signal, group = 0, None
+
+
+def join_processes(args):
+    """Joins the processes that torchrun or SLURM started; sets args.rank, .local_rank, .world_size, .distributed, .device.
+
+    timm.utils.init_distributed_device does the same, but cannot be told how long to wait for a process that does not answer.
+    """
+    args.distributed, cuda = is_distributed_env(), args.device.startswith('cuda')
+    args.local_rank, args.rank, args.world_size = world_info_from_env() if args.distributed else (0, 0, 1)
+    if args.distributed:
+        dist.init_process_group(backend='nccl' if cuda else 'gloo', rank=args.rank, world_size=args.world_size,
+                                timeout=TIMEOUT)
+        Stop.group = dist.new_group(backend='gloo', timeout=TIMEOUT)
+        args.device = f'cuda:{args.local_rank}' if cuda else args.device
+    if args.device.startswith('cuda:'):
+        torch.cuda.set_device(args.device)
+
+
+def note_stop(number, _):
+    """Signal handler: notes the signal and nothing else, as a run is at a point where it can end only between updates."""
+    Stop.signal = number
+
+
+def listen_to_signals():
+    """From now on a stop signal ends the run at its next update instead of at once."""
+    Stop.signal = 0
+    for number in STOP_SIGNALS:
+        signal.signal(number, note_stop)
+
+
+def ignore_stop(_):
+    """Start of a data worker: a signal to the whole tree of processes must leave it to its parent, which needs it."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers():
+    """At exit: Python would send data workers a signal that they ignore, and wait for them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes their end for an error
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            worker.kill()
+
+
+atexit.register(end_workers)
+
+
+def stop_asked():
+    """Name of the stop signal that any process got, or None: the same on all processes, which must all ask."""
+    number = torch.tensor(int(Stop.signal))
+    if dist.is_initialized():
+        dist.all_reduce(number, dist.ReduceOp.MAX, group=Stop.group)
+    return signal.Signals(int(number)).name if number else None
+
+
+def until_stopped(loader):
+    """The batches of an evaluation, for which training was saved; a stop signal ends it by `Stopped` on all processes."""
+    for batch in loader:
+        if Stop.signal:
+            break
+        yield batch
+    name = stop_asked()  # once on each process, however many batches it has
+    if name:
+        raise Stopped(f'stopped by {name} in an evaluation, after its training was saved: --resume auto repeats it')
+
+
+def one_line(error):
+    """What the scripts print of an error that comes from outside of them; any other one is raised again."""
+    text = str(error).strip() or type(error).__name__
+    if isinstance(error, (InputError, FloatingPointError)):  # from a data worker it arrives as the end of a traceback
+        return 'error: ' + text.splitlines()[-1].removeprefix('models.InputError: ')
+    first = text.splitlines()[0][:200]
+    if re.search('DataLoader worker|Pin memory thread', first):
+        return (f'error: a data worker has died ({first}): killed, or out of memory (fewer --num_workers need less)? '
+                '--resume auto goes on from the last checkpoint')
+    if dist.is_initialized() and (isinstance(error, dist.DistError) or re.search(
+            'gloo|nccl|socket|connection (closed|reset|refused)|broken pipe|timed? ?out', first, re.I)):
+        return (f'error: another process has ended, or gave no answer within {TIMEOUT} (hours:minutes:seconds; {first}). '
+                '--resume auto goes on from the last checkpoint')
+    raise error
+
+
+def sync_folder(folder):
+    """Puts the folder's names on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_file(path, write, previous=None):
+    """`write(file)` makes the new content of `path`, which takes that name when it is on the disk, whole.
+
+    A kill, a full disk or a power cut leaves the old file or the new one. previous: a name under which the old one is kept,
+    also in place of an older one; at each moment the newest whole file has one of the two names. Raises InputError.
+    """
+    temporary, spare = Path(f'{path}.tmp'), Path(f'{previous}.tmp')
+    try:
+        with open(temporary, 'wb') as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous and Path(path).exists():
+            spare.unlink(missing_ok=True)  # of a run that was killed here
+            try:
+                os.link(path, spare)
+            except OSError:  # a disk without hard links: for a moment there is no `path`, but `previous`
+                os.replace(path, previous)
+        os.replace(temporary, path)
+        if previous and spare.exists():
+            os.replace(spare, previous)
+        sync_folder(Path(path).parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        # torch.save turns what the disk says into a complaint about positions
+        reason = next((e for e in (error, error.__context__) if isinstance(e, OSError)), None)
+        if reason is None:
+            raise
+        raise InputError(f'cannot write {path} ({reason.strerror}): what was there is kept. Make room for it, then --resume '
+                         'auto goes on') from error
 
 
 # what the scripts write into args.json besides their flags: where a run comes from, and its place among the processes
@@ -519,6 +666,41 @@ def read_checkpoint(path):
                          f'{reason}') from error
 
 
+def check_whole(path):
+    """Raises InputError if a file of torch.save differs by a single bit from what was written; torch.load does not look."""
+    try:
+        if not zipfile.is_zipfile(path):  # torch's old format, or another program's, has no checksums
+            return
+        with zipfile.ZipFile(path) as archive:
+            # sums of contents and copies of names cover all but the attributes, which torch leaves 0 and obeys
+            damaged = archive.testzip() or next((e.filename for e in archive.infolist() if e.external_attr), None)
+    except Exception as error:  # as in `read_checkpoint`
+        raise InputError(f'{path} is no whole checkpoint: {(str(error) or type(error).__name__).splitlines()[0]}') from error
+    if damaged:
+        raise InputError(f'{path} is damaged: the checksum of {damaged} is wrong')
+
+
+def newest_whole(paths):
+    """(path, what it holds) of the first of these files that is whole; (None, None) if there is none of them.
+
+    Says in one line what is wrong with a file that it passes over. Raises InputError if no file is whole.
+    """
+    failed = []
+    for path in (path for path in paths if path.exists()):
+        try:
+            checkpoint = read_checkpoint(path)
+            check_whole(path)
+        except InputError as error:
+            failed.append(error)
+            continue
+        for error in failed:
+            say(f'warning: {error}; going on from {path}')
+        return path, checkpoint
+    if failed:
+        raise failed[0]
+    return None, None
+
+
 def load_checkpoint(path):
     """Local path or https URL -> flat state dict on the CPU, in timm/MAE names.
 
@@ -664,14 +846,28 @@ def stored_args(checkpoint):
             and all(isinstance(part, plain) for part in (value if isinstance(value, (list, tuple)) else [value]))}
 
 
+PLACE = ('batch_size', 'accum_iter', 'world_size')  # the arguments that tell where in the data a step is
+
+
 def check_run(checkpoint, optimizer, scaler, path):
     """Raises InputError unless counters, optimizer and loss scaler of a checkpoint are what these scripts write for them."""
     def fail(what):
         raise InputError(f'{path} cannot be resumed: {what}')
 
+    def finite(values):
+        return all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
+
     epoch, seconds, state = (checkpoint[key] for key in ('epoch', 'train_seconds', 'optimizer'))
-    if type(epoch) is not int or not 0 <= epoch < 2 ** 31:
-        fail('its epoch is no number that a run counts to')
+    step, kept, then = checkpoint.get('step', 0), checkpoint.get('progress'), stored_args(checkpoint)
+    if type(epoch) is not int or type(step) is not int or not (
+            0 <= step < 2 ** 31 and (-1 if step else 0) <= epoch < 2 ** 31):
+        fail('its epoch and step are no numbers that a run counts to')
+    if step and not (
+            isinstance(kept, dict) and all(isinstance(kept.get(name), list) for name in ('sums', 'names', 'measured'))
+            and finite([*kept['sums'], *kept['measured'], kept.get('lr'), kept.get('skipped')])
+            and len(kept['names']) == len(kept['sums']) and type(kept.get('steps')) is int and kept['steps'] >= step
+            and all(type(then.get(name)) is int and then[name] > 0 for name in PLACE) and type(then.get('seed')) is int):
+        fail('what it holds of the epoch that was interrupted is not whole')
     if not isinstance(seconds, (int, float)) or not 0 <= seconds < 2 ** 31:
         fail('its train_seconds are no time that a run takes')
     numbers, own = checkpoint['scaler'], scaler.state_dict()  # both may be empty: only fp16 has a scale
@@ -866,8 +1062,9 @@ class EpochSampler(torch.utils.data.Sampler):
 
     Step k of all processes together sees the same samples however they are split. Ends at whole updates. With `views` of
     each sample an epoch has as many steps, and a different 1/views of the samples. Raises InputError if there is not a
-    single update. Set `epoch` before each pass.
+    single update. Set `epoch` before each pass, and `start`, this process's samples to leave out.
     """
+    start = 0  # a pass that goes on in the middle has the length of a whole one
 
     def __init__(self, length, args, views=1):
         per_update = args.batch_size * args.accum_iter * args.world_size
@@ -882,7 +1079,7 @@ class EpochSampler(torch.utils.data.Sampler):
 
     def __iter__(self):
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
-        return ((self.epoch, int(index)) for index in order[:self.used][self.rank::self.world_size])
+        return ((self.epoch, int(index)) for index in order[:self.used][self.rank::self.world_size][self.start:])
 
 
 class RoundSampler(torch.utils.data.Sampler):
@@ -890,8 +1087,9 @@ class RoundSampler(torch.utils.data.Sampler):
 
     The stream of all rounds is one pass over the data after the other, each in a new order; of every step all processes
     together see the same samples however they are split. Set `epoch` before each round; the last one may be shorter.
-    A resume with another effective batch starts elsewhere in the stream.
+    A resume with another effective batch starts elsewhere in the stream. `start`: as in `EpochSampler`.
     """
+    start = 0
 
     def __init__(self, length, args):
         self.length, self.args, self.epoch = length, args, 0
@@ -905,7 +1103,8 @@ class RoundSampler(torch.utils.data.Sampler):
     def __iter__(self):
         start = self.epoch * self.args.eval_every * self.per_update
         number, order = None, None
-        for position in range(start + self.args.rank, start + len(self) * self.args.world_size, self.args.world_size):
+        for position in range(start + self.args.rank, start + len(self) * self.args.world_size,
+                              self.args.world_size)[self.start:]:
             if position // self.length != number:
                 number = position // self.length
                 order = np.random.default_rng((self.args.seed, number)).permutation(self.length)

@@ -42,7 +42,6 @@ from timm.models.vision_transformer_sam import (
     Attention, Block, VisionTransformerSAM, get_rel_pos, window_partition, window_unpartition)
 from timm.optim import create_optimizer_v2
 from timm.scheduler import MultiStepLRScheduler
-from timm.utils import init_distributed_device
 from torch import nn
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -383,7 +382,7 @@ def build_data(args):
     if not importlib.util.find_spec('pycocotools'):
         raise models.InputError('detection needs pycocotools: pip install pycocotools')
     options = {'batch_size': args.batch_size, 'num_workers': args.num_workers, 'collate_fn': collate,
-               'pin_memory': args.device.startswith('cuda')}
+               'pin_memory': args.device.startswith('cuda'), 'worker_init_fn': models.ignore_stop}
     val = read_coco(args.val_annotations, args.val_images)
     classes = [entry['name'] for entry in val[2]]
     if not any(not entry['iscrowd'] for objects in val[1].values() for entry in objects):
@@ -771,7 +770,7 @@ def evaluate(model, loader, coco, device, args):
     """
     model.eval()
     category_ids, results = [entry['id'] for entry in coco[2]], []
-    for images, targets in loader:
+    for images, targets in models.until_stopped(loader):
         detections = model([image.to(device, non_blocking=True) for image in images])
         for image, target, detection in zip(images, targets, detections, strict=True):
             results += to_results(detection, target['image_id'], image.shape[1:], target['size'], category_ids)
@@ -800,22 +799,86 @@ def evaluate(model, loader, coco, device, args):
 
 
 class Progress:
-    """Means of an epoch (or round), kept on the device: a host sync per printed line, where a failed run is stopped."""
+    """Means of an epoch (or round), kept on the device: a host sync per printed line, where a failed run is stopped.
+
+    Also where the run stands in it: `resume_checkpoint` sets that, `watch` goes on from there, and saves by `save(last
+    finished epoch)` when a signal has asked the run to end.
+    """
 
     def __init__(self, args, total, unit='epoch'):
         self.args, self.total, self.unit, self.named, self.skipped = args, total, unit, set(), 0
+        self.first, self.seconds, self.save, self.scaler = 0, 0.0, None, None  # the last two: see `main`, paragraph 6
 
     def watch(self, loader, epoch):
-        """Yields (step, batch), measures how long the loop waits for data, and prints every --print_freq steps."""
-        self.epoch, self.steps, self.step = epoch, len(loader), 0
-        self.rows, self.sums, self.skipped, self.waited, self.grad_norm = [], 0.0, 0, 0.0, torch.zeros(())
-        self.start = ready = time.time()
-        for self.step, batch in enumerate(loader):
+        """Yields (step, batch), measures how long the loop waits for data, and prints every --print_freq steps.
+
+        Raises models.Stopped after the update at which any process had got a stop signal, when that is saved.
+        """
+        if self.first and len(loader) != self.steps:
+            raise models.InputError(f'{self.unit} {epoch + 1} has {len(loader)} steps, and had {self.steps} when it was '
+                                    'interrupted: give the same data, or resume a checkpoint of an end')
+        if not self.first:
+            self.sums, self.skipped, self.measured = 0.0, 0, []
+        self.epoch, self.steps, self.begun, self.step = epoch, len(loader), self.first, self.first - 1
+        self.rows, self.waited, self.grad_norm, self.first = [], 0.0, torch.zeros(()), 0
+        self.start = self.clock = ready = time.time()
+        if self.begun:  # what was done is passed over by number: nothing of it is read
+            loader.sampler.start = self.begun * loader.batch_size
+        batches = enumerate(loader if self.begun < self.steps else (), self.begun)  # no worker is started for nothing
+        for self.step, batch in batches:
             self.waited += time.time() - ready
             yield self.step, batch
             if (self.step + 1) % self.args.print_freq == 0 or self.step + 1 == self.steps:
                 self.flush()
+            name = (self.step + 1) % self.args.accum_iter == 0 and models.stop_asked()
+            if name:
+                if self.rows:
+                    self.flush()  # what is saved is finite
+                self.count_time()
+                self.save(epoch - 1)
+                raise models.Stopped(f'stopped by {name}: --resume auto goes on from there')
             ready = time.time()
+        if self.begun:
+            loader.sampler.start = 0
+        self.count_time()
+
+    def count_time(self):
+        now = time.time()
+        self.seconds, self.clock = self.seconds + now - self.clock, now
+
+    def position(self, epoch):
+        """What a checkpoint holds of the epoch behind `epoch`, as plain values: nothing before its first step.
+
+        All processes call it: counts are summed, so that a resume can give all to one of them.
+        """
+        if epoch == self.epoch:
+            return {'step': 0, 'train_seconds': self.seconds, 'progress': {}}
+        counts = torch.stack([torch.tensor(self.skipped, device=self.args.device).double(),
+                              *(value.double() for value in self.measured)])
+        if self.args.distributed:
+            dist.all_reduce(counts)
+        skipped, *measured = counts.tolist()
+        return {'step': self.step + 1, 'train_seconds': self.seconds,
+                'progress': {'steps': self.steps, 'sums': self.sums.tolist(), 'names': self.names, 'lr': self.lr,
+                             'skipped': skipped, 'measured': measured}}
+
+    def restore(self, checkpoint, path):
+        """Goes on from what `position` gave, or from a checkpoint of an epoch's end that has none. Raises InputError."""
+        self.seconds, step, then = checkpoint['train_seconds'], checkpoint.get('step', 0), checkpoint['args']
+        if not step:
+            return
+        batch, batch_then = (math.prod(a[name] for name in models.PLACE) for a in (vars(self.args), then))
+        for what, now, before in (('effective batch', batch, batch_then), ('--seed', self.args.seed, then['seed']), (
+                '--repeated_aug', getattr(self.args, 'repeated_aug', 1), then.get('repeated_aug', 1))):
+            if now != before:
+                raise models.InputError(f'{path} was made within an {self.unit}, which cannot go on with {what} {now}: it '
+                                        f'was {before}')
+        kept, ratio = checkpoint['progress'], self.args.accum_iter / then['accum_iter']  # the same updates in other steps
+        self.first, self.steps = round(step * ratio), round(kept['steps'] * ratio)
+        self.sums, self.names, self.lr = torch.tensor(kept['sums'], dtype=torch.float64) * ratio, kept['names'], kept['lr']
+        own = float(self.args.rank == 0)
+        self.skipped = kept['skipped'] * own
+        self.measured = list(own * torch.tensor(kept['measured'], dtype=torch.float64, device=self.args.device))
 
     def check_files(self, bad_files):
         """Stops at an unreadable image, or names it once and counts it with --skip_bad_images."""
@@ -833,10 +896,11 @@ class Progress:
         self.rows.append(torch.stack([term.detach().float() for term in terms.values()]))
 
     def flush(self):
-        rows = torch.stack(self.rows)  # (steps since the last line, terms)
+        # (steps since the last line, terms); in float64 the sums are the same in any order, wherever the run was interrupted
+        rows = torch.stack(self.rows).double()
         if self.args.distributed:
             dist.all_reduce(rows)
-        rows, norm = rows.double().cpu() / self.args.world_size, self.grad_norm.item()
+        rows, norm = rows.cpu() / self.args.world_size, self.grad_norm.item()
         failed = (~rows.isfinite()).any(1).nonzero()
         # fp16 skips an update whose gradient overflowed; otherwise it has just ruined the weights
         if len(failed) or (self.args.amp != 'fp16' and not math.isfinite(norm)):
@@ -845,14 +909,19 @@ class Progress:
             step = self.step + 2 - len(rows) + bad  # counted from 1, as in the printed lines
             raise FloatingPointError(f'not finite at {self.unit} {self.epoch + 1} step {step}: {parts}, grad_norm '
                                      f'{norm:.4g}. The last checkpoint is kept; lower the learning rate')
-        self.rows, self.sums = [], self.sums + rows.sum(0)
-        done, spent = self.step + 1, time.time() - self.start
+        self.rows, self.sums = [], sum(rows, self.sums)  # row by row
+        done, here, spent = self.step + 1, self.step + 1 - self.begun, time.time() - self.start
         left = (self.total - self.epoch) * self.steps - done
         models.say(f'{self.unit} {self.epoch + 1}/{self.total} step {done}/{self.steps}',
                    *(f'{name} {value:.4f}' for name, value in zip(self.names, rows.mean(0).tolist())),
                    f'lr {self.lr:.3g} grad_norm {norm:.3g}',
-                   f'{done * self.args.batch_size * self.args.world_size / spent:.0f} images/s',
-                   f'data {self.waited / spent:.0%} eta {timedelta(seconds=int(left * spent / done))}')
+                   *(f'{name} {value:g}' for name, value in self.loss_scale().items()),
+                   f'{here * self.args.batch_size * self.args.world_size / spent:.0f} images/s',
+                   f'data {self.waited / spent:.0%} eta {timedelta(seconds=int(left * spent / here))}')
+
+    def loss_scale(self):
+        """Of fp16: a scale that falls for ever shows a run that diverges behind its skipped updates."""
+        return {'loss_scale': self.scaler.get_scale()} if self.scaler is not None and self.scaler.is_enabled() else {}
 
     def means(self):
         """The epoch's means under the names of log.txt."""
@@ -860,8 +929,8 @@ class Progress:
         if self.args.distributed:
             dist.all_reduce(skipped)
         return {**{f'train_{name}': value for name, value in zip(self.names, (self.sums / self.steps).tolist())},
-                'train_lr': self.lr, 'train_images_per_second': round(
-                    self.steps * self.args.batch_size * self.args.world_size / (time.time() - self.start), 1),
+                'train_lr': self.lr, **self.loss_scale(), 'train_images_per_second': round(
+                    (self.steps - self.begun) * self.args.batch_size * self.args.world_size / (time.time() - self.start), 1),
                 **({'train_skipped_images': int(skipped)} if getattr(self.args, 'skip_bad_images', False) else {})}
 
 
@@ -884,13 +953,17 @@ def start_run(args):
     # os.path: pathlib raises on a folder that may not be read
     if os.path.isfile(args.output_dir):
         raise models.InputError(f'--output_dir {args.output_dir} is a file: give a folder')
-    used = [name for name in ('checkpoint.pth', 'log.txt', 'args.json') if os.path.exists(Path(args.output_dir) / name)]
+    used = [name for name in ('checkpoint.pth', 'previous.pth', 'log.txt', 'args.json')
+            if os.path.exists(Path(args.output_dir) / name)]
     own = args.resume == 'auto' or (
         args.resume and os.path.dirname(os.path.realpath(args.resume)) == os.path.realpath(args.output_dir))
     if used and not own and not getattr(args, 'eval', False):
         raise models.InputError(f'--output_dir {args.output_dir} holds another run ({", ".join(used)}): choose another '
                                 'folder, or go on with it by --resume auto')
-    device = init_distributed_device(args)
+    if not getattr(args, 'eval', False):
+        models.listen_to_signals()
+    models.join_processes(args)
+    device = torch.device(args.device)
     args.amp = args.amp or ('off' if device.type != 'cuda' else 'bf16' if torch.cuda.is_bf16_supported(False) else 'fp16')
     if args.amp == 'fp16' and device.type != 'cuda':
         raise models.InputError('--amp fp16 needs a GPU; take bf16 or off')
@@ -920,44 +993,46 @@ def scale_lr(args, paper_batch, blr=None):
                    ('; --lr does not follow it' if blr is None else ''))
 
 
-def save_checkpoint(args, epoch, model, optimizer, scaler, classes, seconds, **training_only):
-    """Writes output_dir/checkpoint.pth, and checkpoint-N.pth every --save_every epochs, each atomically, from rank 0.
+def save_checkpoint(args, progress, model, optimizer, scaler, classes, epoch, **training_only):
+    """Writes output_dir/checkpoint.pth from rank 0, and keeps the one before it as previous.pth.
 
-    training_only: further modules, kept beside the model under their own names.
+    epoch: the last one that is finished; within the one behind it the position is kept, too. Every --save_every epochs also
+    checkpoint-N.pth. training_only: further modules, kept beside the model under their own names. All processes call it.
     """
+    position = progress.position(epoch)
     if args.rank:
         return
     state = {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
-             'epoch': epoch, 'args': vars(args), 'classes': classes, 'train_seconds': seconds,
+             'epoch': epoch, **position, 'args': vars(args), 'classes': classes,
              **{name: module.state_dict() for name, module in training_only.items()}}
-    names = ['checkpoint.pth']
-    if args.save_every and (epoch + 1) % args.save_every == 0:
-        names.append(f'checkpoint-{epoch}.pth')
-    for name in names:
-        path = Path(args.output_dir) / name
-        with open(f'{path}.tmp', 'wb') as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f'{path}.tmp', path)
+    path = Path(args.output_dir) / 'checkpoint.pth'
+    models.write_file(path, partial(torch.save, state), previous=path.with_name('previous.pth'))
+    step = position['step']
+    if not step and args.save_every and (epoch + 1) % args.save_every == 0:
+        models.write_file(path.with_name(f'checkpoint-{epoch}.pth'), partial(torch.save, state))
+    models.say(f'saved {path} after {progress.unit} {epoch + 1}' + (f' and {step} steps' if step else ''))
 
 
-def resume_checkpoint(args, model, optimizer, scaler, classes, fixed=(), **training_only):
-    """Loads --resume (a path, or auto) exactly; returns (first epoch to run, training seconds so far).
+def resume_checkpoint(args, progress, model, optimizer, scaler, classes, fixed=(), **training_only):
+    """Loads --resume (a path, or auto) exactly; returns the first epoch to run, of which `progress` knows what is done.
 
-    fixed: arguments that must be as they were; training_only: as in `save_checkpoint`. Raises InputError if the file is no
-    checkpoint of such a run, or of other classes. Says which arguments differ.
+    auto takes previous.pth where checkpoint.pth is damaged. fixed: arguments that must be as they were;
+    training_only: as in `save_checkpoint`. Raises InputError if the file is no checkpoint of such a run, or of other
+    classes. Says which arguments differ.
     """
-    path = Path(args.output_dir) / 'checkpoint.pth' if args.resume == 'auto' else args.resume
-    found = bool(path) and (args.resume != 'auto' or os.path.exists(path))
+    names = ('checkpoint.pth', 'previous.pth') if args.resume == 'auto' else ()
+    path, checkpoint = models.newest_whole([Path(args.output_dir) / name for name in names])
+    if args.resume and args.resume != 'auto':
+        path, checkpoint = args.resume, models.read_checkpoint(args.resume)
+        models.check_whole(path)
     if args.distributed:
         everywhere = [None] * args.world_size
-        dist.all_gather_object(everywhere, found)
+        dist.all_gather_object(everywhere, str(path or 'no checkpoint'))
         if len(set(everywhere)) > 1:
-            raise models.InputError(f'some processes do not see {path}: all machines must share the disk of --output_dir')
-    if not found:
-        return 0, 0.0
-    checkpoint = models.read_checkpoint(path)
+            raise models.InputError(f'some processes see {min(everywhere)}, others {max(everywhere)}: all machines must '
+                                    'share the disk of --output_dir')
+    if path is None:
+        return 0
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('args'), dict) or any(
             key not in checkpoint for key in ('model', 'optimizer', 'scaler', 'epoch', 'train_seconds', *training_only)):
         raise models.InputError(f'{path} is no checkpoint of these scripts and cannot be resumed; --finetune starts from '
@@ -976,9 +1051,11 @@ def resume_checkpoint(args, model, optimizer, scaler, classes, fixed=(), **train
     changed = [name for name in changed if name not in ('config', 'resume', 'output_dir', 'rank', 'local_rank')]
     for name in set(fixed) & set(changed):
         raise models.InputError(f'{path} cannot be resumed: --{name} was {stored[name]}')
-    models.say(f'resumed {path} after epoch {checkpoint["epoch"] + 1}' +
+    progress.restore(checkpoint, path)
+    step = checkpoint.get('step', 0)
+    models.say(f'resumed {path} after epoch {checkpoint["epoch"] + 1}' + (f' and {step} steps' if step else '') +
                ''.join(f'; {name} is {getattr(args, name)}, was {stored[name]}' for name in changed))
-    return checkpoint['epoch'] + 1, checkpoint['train_seconds']
+    return checkpoint['epoch'] + 1
 
 
 def open_log(args, key, last):
@@ -990,17 +1067,18 @@ def open_log(args, key, last):
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise models.InputError(f'--output_dir {args.output_dir} cannot be made: {error.strerror}') from error
-    (output / 'args.json').write_text(json.dumps(vars(args), indent=2) + '\n')
+    models.write_file(output / 'args.json', lambda file: file.write((json.dumps(vars(args), indent=2) + '\n').encode()))
     lines = (output / 'log.txt').read_text().splitlines() if (output / 'log.txt').exists() else []
     kept = [line for line in lines if line.endswith('}') and json.loads(line)[key] <= last]
-    (output / 'log.txt').write_text(''.join(line + '\n' for line in kept))
+    models.write_file(output / 'log.txt', lambda file: file.write(''.join(line + '\n' for line in kept).encode()))
 
 
 def write_log(args, stats):
-    """Appends one JSON object to log.txt; rank 0."""
+    """Appends one JSON object to log.txt; rank 0. It is on the disk before a checkpoint counts it as written."""
     if not args.rank:
-        with open(Path(args.output_dir) / 'log.txt', 'a') as file:
-            file.write(json.dumps(stats) + '\n')
+        path = Path(args.output_dir) / 'log.txt'
+        before = path.read_bytes() if path.exists() else b''
+        models.write_file(path, lambda file: file.write(before + (json.dumps(stats) + '\n').encode()))
 
 
 # ---- end of the shared helpers ---------------------------------------------------------------------------------------
@@ -1045,27 +1123,32 @@ def main(args):
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
     # 6. resume
     extra = {'adapters': adapters} if teacher is not None else {}
-    start_round, seconds = resume_checkpoint(args, detector, optimizer, scaler, classes, fixed=('eval_every', 'iterations'),
-                                              **extra)
-    open_log(args, 'iteration', start_round * args.eval_every)
+    start_round = resume_checkpoint(args, progress, detector, optimizer, scaler, classes,
+                                    fixed=('eval_every', 'iterations'), **extra)
+    save = progress.save = partial(save_checkpoint, args, progress, detector, optimizer, scaler, classes, **extra)
+    progress.scaler = scaler
+    if start_round < rounds:
+        open_log(args, 'iteration', start_round * args.eval_every)
     # 7. epochs: train, evaluate, save, log
     for epoch in range(start_round, rounds):
         loader.sampler.epoch = epoch
-        started = time.time()
         stats = train_one_epoch(model, teacher, loader, optimizer, scheduler, scaler, progress, device, epoch, args)
-        seconds += time.time() - started
+        save(epoch - 1)  # and the steps of this one
         stats.update(evaluate(detector, val_loader, coco, device, args))
         done = min(args.iterations, (epoch + 1) * args.eval_every)
-        write_log(args, {'iteration': done, **stats, 'train_seconds': round(seconds, 2)})
-        save_checkpoint(args, epoch, detector, optimizer, scaler, classes, seconds, **extra)
-    models.say(f'done: {args.iterations} iterations, {timedelta(seconds=int(seconds))} of training, see {args.output_dir}')
+        write_log(args, {'iteration': done, **stats, 'train_seconds': round(progress.seconds, 2)})
+        save(epoch)
+    models.say(f'done: {args.iterations} iterations, {timedelta(seconds=int(progress.seconds))} of training, see '
+               f'{args.output_dir}')
 
 
 if __name__ == '__main__':
     try:
         main(models.parse_args(get_args_parser()))
-    except (models.InputError, FloatingPointError) as error:  # from a data worker it arrives as the end of a traceback
-        sys.exit('error: ' + str(error).splitlines()[-1].removeprefix('models.InputError: '))
+    except models.Stopped as stop:
+        models.say(stop)
+    except Exception as error:
+        sys.exit(models.one_line(error))
     # only after success: a process that fails must not wait here for the others, torchrun ends them when it has gone
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,15 +1,26 @@
 """What all tests need: the scripts and the tools can be imported, torch stays on one core; how to look at a run."""
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / 'tools')]
 torch.set_num_threads(1)
 CLOCK = ('train_seconds', 'train_images_per_second')
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """A training run in this process takes over two signals, which must go on ending the tests."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
 
 
 def environment():

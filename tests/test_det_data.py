@@ -1252,7 +1252,7 @@ def test_a_run_writes_its_log_its_arguments_and_its_checkpoint(kind, chain):
     """Names that tools rely on: one line per round with `iteration`, every loss term, AP in percent; args.json."""
     out = chain / kind
     assert sorted(path.name for path in out.iterdir()) == [
-        'args.json', 'checkpoint-0.pth', 'checkpoint-1.pth', 'checkpoint.pth', 'log.txt']
+        'args.json', 'checkpoint-0.pth', 'checkpoint-1.pth', 'checkpoint.pth', 'log.txt', 'previous.pth']
     lines = log_of(out)
     assert [line['iteration'] for line in lines] == [2, 4]
     terms = TERMS | ({'fpn', 'head'} if kind == 'taught' else set())
@@ -1276,7 +1276,7 @@ def test_a_checkpoint_holds_the_detector_alone_and_plain_types(kind, chain):
     path = chain / kind / 'checkpoint.pth'
     assert torch.serialization.get_unsafe_globals_in_checkpoint(path) == []
     checkpoint = checkpoint_of(chain / kind)
-    own = {'model', 'optimizer', 'scaler', 'epoch', 'args', 'classes', 'train_seconds'}
+    own = {'model', 'optimizer', 'scaler', 'epoch', 'step', 'progress', 'args', 'classes', 'train_seconds'}
     assert set(checkpoint) == own | ({'adapters'} if kind == 'taught' else set())
     assert {type(value) for _, value in leaves(checkpoint)} <= {torch.Tensor, str, int, float, bool, type(None)}
     assert checkpoint['classes'] == ['circle', 'square', 'triangle', 'star'] and checkpoint['epoch'] == 1

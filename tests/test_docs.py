@@ -12,8 +12,10 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / 'README.md'
 PROGRAMS = [ROOT / 'generic_distill.py', *sorted(ROOT.glob('specific_distill_*.py')), *sorted((ROOT / 'tools').glob('*.py'))]
 # flags of programs that are not ours, by the word that starts them
-FOREIGN = {'torchrun': {'--nproc_per_node', '--nnodes', '--standalone', '--rdzv_backend', '--rdzv_id', '--rdzv_endpoint'},
-           'sbatch': {'--nodes', '--ntasks-per-node', '--gpus-per-node', '--cpus-per-task', '--time', '--requeue'},
+FOREIGN = {'torchrun': {'--nproc_per_node', '--nnodes', '--standalone', '--rdzv_backend', '--rdzv_id', '--rdzv_endpoint',
+                         '--max_restarts', '--signals_to_handle', '--shutdown_timeout'},
+           'sbatch': {'--nodes', '--ntasks-per-node', '--gpus-per-node', '--cpus-per-task', '--time', '--requeue',
+                       '--signal'},
            'pip': {'--quiet', '--disable-pip-version-check'},
            'ruff': {'--isolated', '--line-length', '--select', '--ignore'}, 'pytest': {'--durations'}}
 FLAG = r'(?<![\w-])--[A-Za-z][\w-]*'

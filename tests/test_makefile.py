@@ -3,6 +3,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(not shutil.which('make'), reason='needs make')
 # notes each command once all the files that it names are there, and writes what the real program would
 STAND_IN = r'''#!/bin/bash
+[ "$1" = -c ] && exec REAL "$@"
 words=" $* "
 value() { [[ $words =~ \ $1\ ([^ ]+) ]] && echo "${BASH_REMATCH[1]}"; }
 for flag in --finetune --teacher_path --data_path --checkpoint; do
@@ -20,6 +22,10 @@ echo "$words" >> LOG
 out=$(value --output_dir)
 [ -z "$FAIL" ] || [[ $out != *$FAIL ]] || exit 1
 [ -z "$out" ] || { mkdir -p "$out"; echo run > "$out/checkpoint.pth"; }
+[[ $words == *_det.py*  || $words == *_seg.py* ]] && kind=iteration || kind=epoch
+[ $kind = epoch ] && total=2 || total=1
+[ -z "$out" ] || echo "{\"$kind\": 1, \"${kind}s\": $total}" | tee "$out/args.json" > "$out/log.txt"
+[ -z "$STOP" ] || [[ $out != *$STOP ]] || echo '{"epoch": 0}' > "$out/log.txt"
 [[ $words == *toy_data.py* && $words == *"only imagenet"* ]] && mkdir -p "$(value --out)/imagenet/val"
 # two programs must not draw into one folder at a time
 [[ $words == *"only coco ade"* && ! -d $(value --out)/imagenet ]] && { echo "missing: imagenet" >> LOG; exit 1; }
@@ -33,7 +39,7 @@ RATIOS = {f'finetuned_mask{ratio}' for ratio in (0.05, 0.25, 0.55, 0.9)}
 
 @pytest.fixture
 def home(tmp_path):
-    (tmp_path / 'python').write_text(STAND_IN.replace('LOG', str(tmp_path / 'log')))
+    (tmp_path / 'python').write_text(STAND_IN.replace('LOG', str(tmp_path / 'log')).replace('REAL', sys.executable))
     (tmp_path / 'python').chmod(0o755)
     return tmp_path
 
@@ -98,6 +104,15 @@ def test_a_finished_run_is_not_repeated_and_a_failed_one_goes_on(home):
     assert trained(again) == [] and 'results.py' in again[-1]
     more, _ = make(home, 'reproduce-table4', 'SCALE=toy')
     assert set(trained(more)) == rows([0], TARGETS | {'generic_recon', 'generic_recon_gt'})
+
+
+def test_a_run_that_a_signal_stopped_is_not_taken_for_a_finished_one(home):
+    """README, interruptions: it ends with status 0, but only the end of its log makes a final.pth."""
+    before, output = make(home, '-k', 'reproduce-table2', 'SCALE=toy', code=2, STOP='seed0/generic')
+    assert 'seed0/generic' in trained(before) and 'seed0/g2sd' not in trained(before)
+    assert 'seed0/generic was interrupted: start make again' in output
+    after, _ = make(home, 'reproduce-table2', 'SCALE=toy')
+    assert trained(after) == ['seed0/generic', 'seed0/finetuned', 'seed0/g2sd']
 
 
 def test_drawn_data_is_written_by_one_program_at_a_time(home):

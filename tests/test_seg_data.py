@@ -910,7 +910,7 @@ def test_a_run_writes_its_log_its_arguments_and_its_checkpoints(kind, chain):
     """Names that tools rely on: one line per round with `iteration`, every loss term, mIoU in percent; args.json."""
     out = chain / kind
     assert sorted(path.name for path in out.iterdir()) == [
-        'args.json', 'checkpoint-0.pth', 'checkpoint-1.pth', 'checkpoint.pth', 'log.txt']
+        'args.json', 'checkpoint-0.pth', 'checkpoint-1.pth', 'checkpoint.pth', 'log.txt', 'previous.pth']
     lines = log_of(out)
     assert [line['iteration'] for line in lines] == [2, 4]
     terms = ['seg', 'aux', 'cwd'] if kind == 'taught' else ['seg', 'aux']
@@ -943,7 +943,8 @@ def test_a_checkpoint_holds_the_bare_network_and_plain_types(kind, chain):
     path = chain / kind / 'checkpoint.pth'
     assert torch.serialization.get_unsafe_globals_in_checkpoint(path) == []
     checkpoint = checkpoint_of(chain / kind)
-    assert set(checkpoint) == {'model', 'optimizer', 'scaler', 'epoch', 'args', 'classes', 'train_seconds'}
+    assert set(checkpoint) == {
+        'model', 'optimizer', 'scaler', 'epoch', 'step', 'progress', 'args', 'classes', 'train_seconds'}
     assert {type(value) for _, value in leaves(checkpoint)} <= {torch.Tensor, str, int, float, bool, type(None)}
     assert checkpoint['classes'] == list(toy_data.ADE_CLASSES) and checkpoint['epoch'] == 1
     assert type(checkpoint['args']) is dict and checkpoint['args']['input_size'] == [32, 32]
