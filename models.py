@@ -121,10 +121,12 @@ atexit.register(end_workers)
 
 def stop_asked():
     """Name of the stop signal that any process got, or None: the same on all processes, which must all ask."""
-    number = torch.tensor(int(Stop.signal))
+    number = int(Stop.signal)
     if dist.is_initialized():
-        dist.all_reduce(number, dist.ReduceOp.MAX, group=Stop.group)
-    return signal.Signals(int(number)).name if number else None
+        largest = torch.tensor(number)  # on the CPU: no GPU is waited for
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=Stop.group)
+        number = int(largest)
+    return signal.Signals(number).name if number else None
 
 
 def until_stopped(loader):
@@ -877,7 +879,8 @@ def check_run(checkpoint, optimizer, scaler, path):
     own, parameters = optimizer.state_dict()['param_groups'], [p for own in optimizer.param_groups for p in own['params']]
     groups, moments = (state.get(key) if isinstance(state, dict) else None for key in ('param_groups', 'state'))
     if not isinstance(groups, list) or not isinstance(moments, dict) or any(
-            not isinstance(group, dict) or not isinstance(group.get('params'), list) for group in groups) \
+            not isinstance(group, dict) or not isinstance(group.get('params'), list) or not finite([group.get('lr')])
+            for group in groups) \
             or [len(group['params']) for group in groups] != [len(group['params']) for group in own]:
         fail('the optimizer has other groups')
     for index, entries in moments.items():

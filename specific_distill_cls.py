@@ -544,8 +544,10 @@ def resume_checkpoint(args, progress, model, optimizer, scaler, classes, fixed=(
     for name, module in training_only.items():
         models.load_exactly(module, checkpoint[name], path)
     models.check_run(checkpoint, optimizer, scaler, path)
-    # the file's moments with the settings of this run: a value that was changed by hand wins over the file's
-    optimizer.load_state_dict({**optimizer.state_dict(), 'state': checkpoint['optimizer']['state']})
+    # the file's moments and rates, the other settings of this run: a value that was changed by hand wins over the file's
+    groups = [{**own, 'lr': group['lr']} for own, group in
+              zip(optimizer.state_dict()['param_groups'], checkpoint['optimizer']['param_groups'])]
+    optimizer.load_state_dict({'state': checkpoint['optimizer']['state'], 'param_groups': groups})
     if checkpoint['scaler']:  # empty where the run was not in fp16
         scaler.load_state_dict(checkpoint['scaler'])
     stored = models.stored_args(checkpoint)

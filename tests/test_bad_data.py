@@ -233,7 +233,7 @@ def test_odd_images_are_prepared_like_any_other(kind, loader, tmp_path):
     _, _, data = loader(tmp_path / 'data', SOUND[kind][0])
     for epoch in range(5):
         sample = data[epoch, 0]
-        image = sample[0][0] if loader is stage_1 else sample[0]
+        image = sample[0][0][0] if loader is stage_1 else sample[0]  # the only view
         assert image.shape[0] == 3 and image.float().isfinite().all()
         assert loader in (detection, segmentation) or sample[2] == ''
 

@@ -177,7 +177,7 @@ def test_weights_that_are_not_finite_fail(home, tmp_path):
     """A broken file is not taken for a good one because nan compares with nothing."""
     model = models.create_mae(MODEL, SIZE)
     torch.nn.init.constant_(model.decoder_pred.bias, float('nan'))
-    with pytest.raises(models.InputError, match='not a trained MAE'):
+    with pytest.raises(models.InputError, match='decoder_pred.bias has numbers that are not finite'):
         run(home, tmp_path / 'c.png', '--checkpoint', save(tmp_path / 'm.pth', model), images=3)
 
 

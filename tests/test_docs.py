@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import benchmark
+
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / 'README.md'
 PROGRAMS = [ROOT / 'generic_distill.py', *sorted(ROOT.glob('specific_distill_*.py')), *sorted((ROOT / 'tools').glob('*.py'))]
@@ -76,9 +78,17 @@ def refuse(message):
 
 
 def parse(parser, words):
-    """argparse's verdict on a documented command line, as an exception in place of an exit."""
+    """argparse's verdict on a documented command line, as an exception in place of an exit.
+
+    The benchmark hands what it does not know to the script of its --stage.
+    """
     parser.error = refuse
-    return parser.parse_args(shlex.split(words))
+    known, others = parser.parse_known_args(shlex.split(words))
+    if others and hasattr(known, 'stage'):
+        parse(load_parser(ROOT / f'{benchmark.SCRIPTS[known.stage]}.py'), shlex.join(others))
+    elif others:
+        refuse(f'unrecognized arguments: {others}')
+    return known
 
 
 def targets_of(makefile):

@@ -358,7 +358,8 @@ def test_a_data_worker_that_is_killed_ends_the_run_in_one_line_and_the_run_can_g
 
 def test_errors_of_the_scripts_are_one_line_and_any_other_is_raised(monkeypatch):
     """README: what a user can act on is one line; a mistake in the code keeps its traceback."""
-    assert models.one_line(models.InputError('x\nmodels.InputError: the file')) == 'error: the file'
+    caught = models.InputError('Caught InputError in a worker\nmodels.InputError: the file')
+    assert models.one_line(caught) == 'error: the file'
     lost = RuntimeError('[/gloo/pair.cc:1] Connection closed by peer [127.0.0.1]:1\nmore')
     for error in (KeyError('x'), lost):  # no processes: not theirs
         with pytest.raises(type(error)):
