@@ -341,7 +341,9 @@ def measure(stage, script, options, given):
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
     row['loader_per_core'] = per_core(loader.dataset)
     batches = Endless(loader, options.steps)
-    work = {'loader': (list, batches), 'step': (ours, Repeat(ready, options.steps)), 'both': (ours, batches)}
+    some = copy.copy(batches)  # of the same workers, each of which gives at least two batches
+    some.steps = max(options.steps, 2 * args.num_workers)
+    work = {'loader': (list, some), 'step': (ours, Repeat(ready, options.steps)), 'both': (ours, batches)}
     if options.plain:
         plain = Step(stage, script, given, plain=True)
         row['loss_difference'] = loss_difference(Step(stage, script, given, plain=False), plain, ready, args.seed)
@@ -356,16 +358,21 @@ def measure(stage, script, options, given):
         seconds(*work[name])
     times, waited = {name: [] for name in work}, []
     for _ in range(options.turns):
-        for name in work:
-            times[name].append(seconds(*work[name]))
+        for name, (task, source) in work.items():
+            if args.num_workers and isinstance(source, Endless):
+                # what was read ahead while others were measured is no speed
+                for _ in range(args.num_workers * loader.prefetch_factor):
+                    next(source.batches)
+                task(source)
+            times[name].append(seconds(task, source))
             if name == 'both':
                 waited.append(progress.waited / times[name][-1])
     slowest = torch.tensor(list(times.values()))
     if args.distributed:
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     times = dict(zip(times, slowest.tolist()))
-    images = args.batch_size * options.steps * args.world_size
-    row.update({f'{name}_images_per_second': images / statistics.median(values) for name, values in times.items()})
+    images = {name: args.batch_size * len(source) * args.world_size for name, (_, source) in work.items()}
+    row.update({f'{name}_images_per_second': images[name] / statistics.median(values) for name, values in times.items()})
     for part in ('step', 'both') if options.plain else ():
         ratios = [slow / fast for slow, fast in zip(times[f'plain_{part}'], times[part])]
         row[f'{part}_ratio'] = [statistics.median(ratios), min(ratios), max(ratios)]
