@@ -8,6 +8,7 @@ FUZZ=20 in the environment draws 20 times as many; `make test-fuzz FUZZ=20` prin
 import argparse
 import collections
 import copy
+import functools
 import io
 import json
 import math
@@ -127,6 +128,12 @@ POLICIES = [
     'none', 'rand-m9-mstd0.5-inc1', 'rand-m10', 'rand-m99', 'rand-m-5', 'rand-mx', 'rand-n0', 'rand-n100', 'rand', 'rand-',
     '-', '', 'v0', 'v0r', 'original', 'originalr', '3a', 'augmix-m5-w4-d2', 'augmix-d0', 'augmix-w0', 'augmix', 'rand-m9-p2',
     'rand-m9-mstdx', 'rand-mnan', 'rand-minf', 'rand-m9-mmax-1', 'rand-m9-tfoo', 'rand-m9-w0', 'rand-w7']
+
+
+@pytest.fixture(autouse=True)
+def traced_only(monkeypatch):
+    """--compile without the C++ compiler's half a minute."""
+    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='eager'))
 
 
 def places(world, out):

@@ -148,13 +148,44 @@ def test_a_position_within_an_epoch_is_kept_under_other_accumulation_and_refused
     assert isinstance(start(GENERIC, data, tmp_path), models.Stopped)
     monkeypatch.undo()
     before = contents(tmp_path)
-    for flags, message in ((('--batch_size', 8), 'effective batch 16: it was 8'), (('--seed', 1), '--seed 1: it was 0')):
+    for flags, message in ((('--batch_size', 8), 'effective batch 16: it was 8'), (('--seed', 1), '--seed 1: it was 0'),
+                           (('--repeated_aug', 2), '--repeated_aug 2: it was 1')):
         assert message in str(start(GENERIC, data, tmp_path, *flags))
         assert contents(tmp_path) == before
     read = note_reads(monkeypatch)
     assert start(GENERIC, data, tmp_path, '--accum_iter', 1, '--batch_size', 8) is None
     first = [index for _, (epoch, index) in read if epoch == 0]
     assert len(set(first)) == len(first) == 48 - 16
+
+
+def test_a_stop_under_repeated_augmentation_repeats_no_image(data, whole, tmp_path, monkeypatch):  # noqa: F811
+    """README, interruptions: the place in the data counts images, of which a batch has fewer than views."""
+    expected = whole(GENERIC, '--repeated_aug', 2)
+    read = note_reads(monkeypatch)
+    after_each_step(GENERIC, monkeypatch, lambda progress: progress.step == 5 and os.kill(os.getpid(), signal.SIGTERM))
+    for _ in range(2):
+        assert isinstance(start(GENERIC, data, tmp_path, '--repeated_aug', 2), models.Stopped)
+    assert start(GENERIC, data, tmp_path, '--repeated_aug', 2) is None
+    assert read == expected.read and len(read) == 2 * 24
+    assert_same_run(tmp_path, expected.out)
+
+
+@pytest.mark.parametrize('name, value', [
+    ('epoch', -2), ('epoch', 2 ** 40), ('step', -1), ('step', 1.0), ('step', 2 ** 40), ('step', 0), ('progress', None),
+    ('progress', {}), ('sums', 'x'), ('sums', [float('nan')]), ('sums', []), ('names', None), ('measured', [None]),
+    ('lr', 'x'), ('skipped', None), ('steps', 2.0), ('steps', 3), ('batch_size', 0), ('accum_iter', None), ('world_size', 'x'), ('seed', [])])
+def test_a_damaged_position_within_an_epoch_is_refused_in_one_line(
+        name, value, data, tmp_path, monkeypatch):  # noqa: F811
+    """README, bad data: counters of another type or range are named."""
+    after_each_step(GENERIC, monkeypatch, lambda progress: progress.step == 3 and os.kill(os.getpid(), signal.SIGTERM))
+    assert isinstance(start(GENERIC, data, tmp_path), models.Stopped)
+    checkpoint = checkpoint_of(tmp_path)
+    assert checkpoint['epoch'] == -1 and checkpoint['step'] == 4
+    owner = next(part for part in (checkpoint, checkpoint['progress'], checkpoint['args']) if name in part)
+    owner[name] = value
+    torch.save(checkpoint, tmp_path / 'checkpoint.pth')
+    stop = start(GENERIC, data, tmp_path)
+    assert isinstance(stop, models.InputError) and 'cannot be resumed: ' in str(stop), stop
 
 
 # ------------------------------------------------------------------------------------------------------- kills at random
