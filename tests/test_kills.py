@@ -173,7 +173,8 @@ def test_a_stop_under_repeated_augmentation_repeats_no_image(data, whole, tmp_pa
 @pytest.mark.parametrize('name, value', [
     ('epoch', -2), ('epoch', 2 ** 40), ('step', -1), ('step', 1.0), ('step', 2 ** 40), ('step', 0), ('progress', None),
     ('progress', {}), ('sums', 'x'), ('sums', [float('nan')]), ('sums', []), ('names', None), ('measured', [None]),
-    ('lr', 'x'), ('skipped', None), ('steps', 2.0), ('steps', 3), ('batch_size', 0), ('accum_iter', None), ('world_size', 'x'), ('seed', [])])
+    ('lr', 'x'), ('skipped', None), ('steps', 2.0), ('steps', 3), ('batch_size', 0),
+    ('accum_iter', None), ('world_size', 'x'), ('seed', [])])
 def test_a_damaged_position_within_an_epoch_is_refused_in_one_line(
         name, value, data, tmp_path, monkeypatch):  # noqa: F811
     """README, bad data: counters of another type or range are named."""
