@@ -340,9 +340,10 @@ lint: .venv/installed  ## mistakes only: unused names, shadowing, common bugs
 # ---- speed: the result is a line of JSON in bench.json and a row of the table. On a CPU smaller batches, on all of its cores
 BENCH_DATA ?=
 BENCH_ARGS ?=
-BENCH = $(if $(filter cpu,$(DEVICE)),OMP_NUM_THREADS=$(shell nproc)) $(PYTHON) tools/benchmark.py --json $(OUT)/bench.json \
-	--device $(DEVICE) $(if $(filter cpu,$(DEVICE)),--num_workers 0)
-BENCH_CLS = $(BENCH) $(if $(BENCH_DATA),--data_path $(BENCH_DATA))
+BENCH_WORDS = tools/benchmark.py --json $(OUT)/bench.json --device $(DEVICE) $(if $(filter cpu,$(DEVICE)),--num_workers 0)
+BENCH = $(if $(filter cpu,$(DEVICE)),OMP_NUM_THREADS=$(shell nproc)) $(PYTHON) $(BENCH_WORDS)
+BENCH_IMAGES = $(if $(BENCH_DATA),--data_path $(BENCH_DATA))
+BENCH_CLS = $(BENCH) $(BENCH_IMAGES)
 bench_size = $(if $(filter cpu,$(DEVICE)),$(1),$(2))
 bench:  ## images/s of every stage: loader, step, both, and the gain over a plain way; BENCH_DATA=IMAGENET BENCH_ARGS="--compile"
 	@mkdir -p $(OUT)
@@ -352,14 +353,15 @@ bench:  ## images/s of every stage: loader, step, both, and the gain over a plai
 	$(BENCH) --stage seg $(call bench_size,--batch_size 2 --steps 1 --turns 3,--steps 10) $(BENCH_ARGS)
 	$(PYTHON) tools/benchmark.py --table $(OUT)/bench.json
 
-GROW = $(BENCH_CLS) --stage generic --no-plain --accum_iter 1 --steps 2 --turns 3 $(BENCH_ARGS)
+GROW_WORDS = $(BENCH_IMAGES) --stage generic --no-plain --accum_iter 1 --steps 2 --turns 3 $(BENCH_ARGS)
+GROW = $(BENCH) $(GROW_WORDS)
 bench-growth:  ## stage 1: images/s against batch size, input size, workers and processes
 	@mkdir -p $(OUT)
 	for size in $(call bench_size,1 4 16 64,32 64 128 256 512); do $(GROW) --batch_size $$size || exit 1; done
 	for size in 112 224 448; do $(GROW) --batch_size $(call bench_size,8,64) --input_size $$size || exit 1; done
 	for count in $(call bench_size,0 1 2 4,0 2 4 8 16); do $(GROW) --batch_size $(call bench_size,8,256) --num_workers $$count || exit 1; done
 	for count in $(call bench_size,1 2,1 2 4 8); do $(if $(filter cpu,$(DEVICE)),OMP_NUM_THREADS=1) $(PYTHON) -m torch.distributed.run \
-		--standalone --nproc_per_node=$$count $(subst OMP_NUM_THREADS=$(shell nproc) $(PYTHON),,$(GROW)) --batch_size 8 || exit 1; done
+		--standalone --nproc_per_node=$$count $(BENCH_WORDS) $(GROW_WORDS) --batch_size $(call bench_size,8,256) || exit 1; done
 	$(PYTHON) tools/benchmark.py --table $(OUT)/bench.json
 
 diff:  ## what the stages do differently

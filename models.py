@@ -8,6 +8,7 @@ Distillation of Masked Autoencoders" (CVPR 2023); Touvron et al., "Training data
 import argparse
 import atexit
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -84,8 +85,14 @@ def join_processes(args):
     if args.distributed:
         dist.init_process_group(backend='nccl' if cuda else 'gloo', rank=args.rank, world_size=args.world_size,
                                 timeout=TIMEOUT)
-        Stop.group = dist.new_group(backend='gloo', timeout=TIMEOUT)
+        try:
+            Stop.group = dist.new_group(backend='gloo', timeout=TIMEOUT)
+        except RuntimeError as error:
+            raise InputError('the processes cannot reach each other over gloo: set GLOO_SOCKET_IFNAME to the network '
+                             f'interface between the machines ({str(error).splitlines()[0][:200]})') from error
+        os.environ['LOCAL_RANK'] = str(args.local_rank)  # srun alone does not set it; `fetch` needs it
         args.device = f'cuda:{args.local_rank}' if cuda else args.device
+    atexit.register(end_workers)
     if args.device.startswith('cuda:'):
         torch.cuda.set_device(args.device)
 
@@ -114,9 +121,6 @@ def end_workers():
     for worker in multiprocessing.active_children():
         if worker.daemon:
             worker.kill()
-
-
-atexit.register(end_workers)
 
 
 def stop_asked():
@@ -157,10 +161,13 @@ def one_line(error):
 
 
 def sync_folder(folder):
-    """Puts the folder's names on the disk."""
+    """Puts the folder's names on the disk; some network disks know no such request."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(handle)
 
@@ -683,7 +690,7 @@ def check_whole(path):
 
 
 def newest_whole(paths):
-    """(path, what it holds) of the first of these files that is whole; (None, None) if there is none of them.
+    """(path, what it holds, damaged files) of the first of these files that is whole; (None, None, []) if there is none.
 
     Says in one line what is wrong with a file that it passes over. Raises InputError if no file is whole.
     """
@@ -693,14 +700,14 @@ def newest_whole(paths):
             checkpoint = read_checkpoint(path)
             check_whole(path)
         except InputError as error:
-            failed.append(error)
+            failed.append((path, error))
             continue
-        for error in failed:
+        for _, error in failed:
             say(f'warning: {error}; going on from {path}')
-        return path, checkpoint
+        return path, checkpoint, [damaged for damaged, _ in failed]
     if failed:
-        raise failed[0]
-    return None, None
+        raise failed[0][1]
+    return None, None, []
 
 
 def load_checkpoint(path):
@@ -744,6 +751,8 @@ def flat_state_dict(checkpoint, path):
     """What `read_checkpoint` gave -> flat state dict; `path` is for messages. See `load_checkpoint`."""
     state = checkpoint
     if isinstance(checkpoint, dict):
+        if isinstance(checkpoint.get('step'), int) and checkpoint['step']:
+            say(f'warning: {path} is of a run that was interrupted within an epoch and has not come to its end')
         state = next((checkpoint[key] for key in ('model', 'state_dict', 'teacher', 'student')
                       if isinstance(checkpoint.get(key), dict)), checkpoint)
     check_weights(state, path)

@@ -878,6 +878,7 @@ class Progress:
         self.sums, self.names, self.lr = torch.tensor(kept['sums'], dtype=torch.float64) * ratio, kept['names'], kept['lr']
         own = float(self.args.rank == 0)
         self.skipped = kept['skipped'] * own
+        own *= self.args.world_size / then['world_size']  # what is divided by the number of processes in the end
         self.measured = list(own * torch.tensor(kept['measured'], dtype=torch.float64, device=self.args.device))
 
     def check_files(self, bad_files):
@@ -1021,7 +1022,7 @@ def resume_checkpoint(args, progress, model, optimizer, scaler, classes, fixed=(
     classes. Says which arguments differ.
     """
     names = ('checkpoint.pth', 'previous.pth') if args.resume == 'auto' else ()
-    path, checkpoint = models.newest_whole([Path(args.output_dir) / name for name in names])
+    path, checkpoint, damaged = models.newest_whole([Path(args.output_dir) / name for name in names])
     if args.resume and args.resume != 'auto':
         path, checkpoint = args.resume, models.read_checkpoint(args.resume)
         models.check_whole(path)
@@ -1033,6 +1034,8 @@ def resume_checkpoint(args, progress, model, optimizer, scaler, classes, fixed=(
                                     'share the disk of --output_dir')
     if path is None:
         return 0
+    for file in damaged if args.rank == 0 else ():  # out of the way: the next save would keep it in place of a whole one
+        file.replace(f'{file}.damaged')
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('args'), dict) or any(
             key not in checkpoint for key in ('model', 'optimizer', 'scaler', 'epoch', 'train_seconds', *training_only)):
         raise models.InputError(f'{path} is no checkpoint of these scripts and cannot be resumed; --finetune starts from '

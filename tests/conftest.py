@@ -10,6 +10,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / 'tools')]
+import models  # noqa: E402
+
 torch.set_num_threads(1)
 CLOCK = ('train_seconds', 'train_images_per_second')
 
@@ -21,6 +23,7 @@ def signals():
     yield
     for number, handler in kept.items():
         signal.signal(number, handler)
+    models.Stop.signal = 0
 
 
 def environment():

@@ -1440,7 +1440,7 @@ def test_positions_of_another_grid_are_resized(tmp_path, capsys, size, side):
     (lambda e: e.pop('pos_embed'), 'pos_embed'),
     (lambda e: e.update({'patch_embed.proj.weight': torch.zeros(32, 3, 8, 8)}), 'proj.weight is (32, 3, 8, 8)'),
     (lambda e: e.update({name: torch.zeros(*(2 * n if n in (32, 96, 128) else n for n in value.shape))
-                         for name, value in list(e.items())}), '(1, 14, 14, 64)')])
+                         for name, value in list(e.items())}), 'pos_embed is (1, 197, 64)')])
 def test_start_weights_of_another_network_are_refused(tmp_path, change, word):
     """README: --finetune is strict: an unknown entry, a missing block or another width is one line."""
     encoder = headless()

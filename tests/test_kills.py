@@ -4,7 +4,6 @@ KILLS in the environment sets the number of random kills. The oracle is the same
 """
 import contextlib
 import errno
-import io
 import json
 import mmap
 import os
@@ -187,6 +186,60 @@ def test_a_damaged_position_within_an_epoch_is_refused_in_one_line(
     torch.save(checkpoint, tmp_path / 'checkpoint.pth')
     stop = start(GENERIC, data, tmp_path)
     assert isinstance(stop, models.InputError) and 'cannot be resumed: ' in str(stop), stop
+
+
+def test_constants_measured_by_two_processes_count_alike_when_one_goes_on(data, tmp_path, monkeypatch):  # noqa: F811
+    """README, interruptions: the number of processes may change; the comparison with the best constant does not notice."""
+    for measured_by, goes_on in ((2, 1), (1, 2), (4, 2)):
+        args = Namespace(batch_size=8 // goes_on, accum_iter=1, world_size=goes_on, rank=0, seed=0, device='cpu')
+        then = {'batch_size': 8 // measured_by, 'accum_iter': 1, 'world_size': measured_by, 'seed': 0}
+        progress = GENERIC.Progress(args, 1)
+        # each process measured 1.0 and 3.0 in its first steps; what is kept is the sum over the processes
+        progress.restore({'train_seconds': 1.0, 'step': 2, 'args': then, 'progress': {
+            'steps': 4, 'sums': [1.0], 'names': ['loss'], 'lr': 0.1, 'skipped': 3,
+            'measured': [measured_by * 1.0, measured_by * 3.0]}}, 'x')
+        assert torch.stack(progress.measured).mean().item() / goes_on == 2.0  # as train_one_epoch has it
+        assert progress.skipped == 3
+
+
+def test_a_damaged_checkpoint_is_never_kept_in_place_of_a_whole_one(data, tmp_path, monkeypatch):  # noqa: F811
+    """README, interruptions: after a damaged newest file the next save leaves two whole generations, not one."""
+    assert start(CLS, data, tmp_path, '--epochs', 1, '--warmup_epochs', 0) is None
+    (tmp_path / 'checkpoint.pth').write_bytes(b'damaged')
+    after_each_step(CLS, monkeypatch, lambda progress: os.kill(os.getpid(), signal.SIGTERM))
+    assert isinstance(start(CLS, data, tmp_path, '--warmup_epochs', 0), models.Stopped)
+    assert (tmp_path / 'checkpoint.pth.damaged').read_bytes() == b'damaged'
+    for name in ('checkpoint.pth', 'previous.pth'):
+        models.check_whole(tmp_path / name)
+
+
+def test_weights_of_an_interrupted_run_are_used_with_a_warning(data, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """README, interruptions: a stopped run exits with 0, so a script that goes on with its weights must hear of it."""
+    after_each_step(GENERIC, monkeypatch, lambda progress: progress.step == 3 and os.kill(os.getpid(), signal.SIGTERM))
+    assert isinstance(start(GENERIC, data, tmp_path), models.Stopped)
+    models.load_checkpoint(tmp_path / 'checkpoint.pth')
+    assert re.search(r'^warning: \S*checkpoint\.pth is of a run that was interrupted', capsys.readouterr().out, re.M)
+    monkeypatch.undo()
+    assert start(GENERIC, data, tmp_path) is None
+    capsys.readouterr()
+    models.load_checkpoint(tmp_path / 'checkpoint.pth')
+    assert 'interrupted' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('number, refused', [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])
+def test_a_disk_that_cannot_sync_folders_is_no_error(number, refused, tmp_path, monkeypatch):
+    """README, interruptions: some network disks refuse the request; a real error of the disk is one."""
+    fsync = os.fsync
+
+    def failing(handle):
+        if os.path.isdir(f'/proc/self/fd/{handle}'):
+            raise OSError(number, os.strerror(number))
+        fsync(handle)
+
+    monkeypatch.setattr(os, 'fsync', failing)
+    with pytest.raises(models.InputError) if refused else contextlib.nullcontext():
+        models.write_file(tmp_path / 'x', lambda file: file.write(b'new'))
+    assert (tmp_path / 'x').read_bytes() == b'new'
 
 
 # ------------------------------------------------------------------------------------------------------- kills at random
@@ -523,4 +576,4 @@ def test_a_stopped_script_exits_with_0(data, tmp_path, monkeypatch, capsys):  # 
     monkeypatch.setattr(torch.optim.AdamW, 'step', lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM) or step(*a, **k))
     runpy.run_path(sys.argv[0], run_name='__main__')
     assert capsys.readouterr().out.splitlines()[-1] == 'stopped by SIGTERM: --resume auto goes on from there'
-    assert isinstance(sys.stdout, io.TextIOBase) and checkpoint_of(tmp_path)['step'] == 2
+    assert checkpoint_of(tmp_path)['step'] == 2

@@ -198,3 +198,16 @@ def test_the_papers_schedule_is_the_scripts_own(home):
     assert len(students) == 4 + 1 + 6 + 2 * 4 + 2 * 3  # Table 2 and generic; two targets; four ratios; three blocks
     assert flags == {'--standalone', '--nproc_per_node', '--data_path', '--output_dir', '--resume', '--seed', '--model',
                      '--teacher_model', '--teacher_path', '--finetune', '--target', '--mask_ratio', '--target_layer'}
+
+
+@pytest.mark.parametrize('device', ['cpu', 'cuda'])
+def test_bench_measures_every_stage_and_what_makes_it_grow(home, device):
+    """README, speed: make bench has a row for each stage, make bench-growth one for each size and number of processes."""
+    commands, _ = make(home, 'bench', f'DEVICE={device}', 'BENCH_ARGS=--compile')
+    assert [re.search(r'--stage (\w+)', command)[1] for command in commands[:-1]] == ['generic', 'cls', 'det', 'seg']
+    assert all(f'--device {device}' in command and '--compile' in command for command in commands[:-1])
+    assert '--table' in commands[-1]
+    commands, _ = make(home, 'bench-growth', f'DEVICE={device}')
+    assert all(command.split().count('tools/benchmark.py') == 1 and str(home / 'python') not in command for command in commands)
+    for flag, least in (('--batch_size', 4), ('--input_size', 3), ('--num_workers', 4), ('--nproc_per_node', 2)):
+        assert len({value for command in commands for value in re.findall(rf'{flag}[ =](\d+)', command)}) >= least, flag

@@ -307,13 +307,26 @@ def test_updates_are_those_of_plain_adamw(script, data, tmp_path, monkeypatch):
             torch.testing.assert_close(left, right, atol=1e-6, rtol=0)
 
 
-@EVERY
-def test_compiled_networks_learn_the_same_and_keep_their_names(script, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize('script, target', [(GENERIC, 'pixel'), (GENERIC, 'feature'), (GENERIC, 'recon_gt'), (CLS, None),
+                                            (DET, None), (SEG, None)])
+@pytest.mark.parametrize('teacher', [True, False])
+def test_compiled_networks_learn_the_same_and_keep_their_names(script, target, teacher, data, tmp_path, monkeypatch):
     """--compile: equal up to rounding; the checkpoint has the same names, so it can be used without the flag."""
+    if teacher == (target == 'pixel'):
+        pytest.skip('MAE itself has no teacher, and the other targets of stage 1 have one')
+    if script is GENERIC:
+        torch.save(models.create_mae('mae_vit_pico_patch8', 16).state_dict(), tmp_path / 'teacher.pth')
+        more = '--target', target, '--teacher_model', 'mae_vit_pico_patch8', '--target_layer', 1
+    else:
+        more = '--teacher_model', 'vit_pico_patch8'
+        if teacher:
+            script.main(parsed(script, data, '--output_dir', tmp_path / 'teacher'))
+            (tmp_path / 'teacher/checkpoint.pth').rename(tmp_path / 'teacher.pth')
+    more += ('--teacher_path', tmp_path / 'teacher.pth') if teacher else ()
     graphs, compile_ = [], torch.compile
 
     def backend(graph, inputs):
-        graphs.append(graph)
+        graphs.append(torch.is_grad_enabled())
         return graph.forward
 
     monkeypatch.setattr(torch, 'compile', lambda *a, **k: compile_(*a, **{**k, 'backend': backend}))
@@ -321,8 +334,13 @@ def test_compiled_networks_learn_the_same_and_keep_their_names(script, data, tmp
     for flags in ((), ('--compile',)):
         torch._dynamo.reset()
         out = tmp_path / '-'.join(('run', *flags))
-        script.main(parsed(script, data, '--output_dir', out, *flags))
-        assert bool(graphs) == bool(flags)
+        train, during = script.train_one_epoch, []
+        monkeypatch.setattr(script, 'train_one_epoch',
+                            lambda *a: (train(*a), during.extend(graphs))[0])  # noqa: B023
+        script.main(parsed(script, data, '--output_dir', out, *more, *flags))
+        monkeypatch.setattr(script, 'train_one_epoch', train)
+        # the student's graphs have gradients, the teacher's have none
+        assert set(during) == ({True, False} if teacher else {True}) if flags else not graphs
         logs.append([json.loads(line)['train_loss'] for line in (out / 'log.txt').read_text().splitlines()])
         states.append(torch.load(out / 'checkpoint.pth', weights_only=True)['model'])
     assert logs[1] == pytest.approx(logs[0], rel=1e-4)
@@ -397,15 +415,17 @@ def block_flop(tokens, dim):
 
 def test_flop_are_those_worked_out_by_hand(data, tmp_path, monkeypatch):
     """tools/benchmark.md, the arithmetic floor: teacher forward up to the target, student forward and backward."""
-    row = bench(tmp_path, monkeypatch, 'generic', *TINY[GENERIC], '--input_size', 32, '--data_path', data / 'imagenet',
-                '--teacher_model', 'mae_vit_nano_patch8', '--target', 'feature', '--target_layer', 1)
+    words = ('--input_size', 32, '--data_path', data / 'imagenet', '--no-plain',
+             '--teacher_model', 'mae_vit_nano_patch8', '--target', 'feature', '--target_layer', 1)
+    rows = [bench(tmp_path, monkeypatch, 'generic', *TINY[GENERIC], *words, *flags)
+            for flags in ((), ('--batch_size', 1), ('--repeated_aug', 4), ('--repeated_aug', 8))]
     length, kept, pixels = 16, 4, 3 * 8 * 8
     teacher = 2 * kept * pixels * 64 + 4 * block_flop(1 + kept, 64) + 2 * (1 + kept) * 64 * 64 + block_flop(1 + length, 64)
     embed = 2 * kept * pixels * 32
     rest = 2 * block_flop(1 + kept, 32) + 2 * (1 + kept) * 32 * 32 + 2 * block_flop(1 + length, 32) + \
         2 * (1 + length) * (32 * 64 + 64 * 64)
-    # backward: twice the forward, and no gradient of the pixels
-    assert row['gflop_per_image'] == pytest.approx((teacher + 2 * embed + 3 * rest) / 1e9, rel=1e-6)
+    for row in rows:  # backward: twice the forward, and no gradient of the pixels
+        assert row['gflop_per_image'] == pytest.approx((teacher + 2 * embed + 3 * rest) / 1e9, rel=1e-6)
 
 
 def test_plain_networks_are_plain_and_ours_are_not_touched():

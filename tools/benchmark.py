@@ -7,8 +7,8 @@ both      the script's own train_one_epoch on the real loader, and the share of 
 plain     in turns with these, the same maths, batch, autocast and optimiser done the plain way: patch embedding of whole
           images and the authors' encoder-feature head times zero (stage 1), softmax attention as a matrix in memory,
           foreach AdamW and a host sync with .item() at each step, and in the loader Pillow's resize and normalised floats
-          (stage 1, classification). Its loss must agree to 1e-5
-Examples: python tools/benchmark.py --stage generic --data_path IMAGENET --batch_size 256 --accum_iter 1 --compile
+          (stage 1, classification). It is never compiled. Its loss must agree to 1e-5
+Examples: python tools/benchmark.py --data_path IMAGENET --batch_size 256 --accum_iter 1 --compile
           python tools/benchmark.py --stage cls --steps 3 --batch_size 16 --amp bf16 --json bench.json
           torchrun --nproc_per_node=2 tools/benchmark.py --stage generic --no-plain --batch_size 8
           python tools/benchmark.py --table bench.json
@@ -281,7 +281,8 @@ def count_flop(step, batch):
     step.model = copy.deepcopy(step.model).train()
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance('force_eager'):
         step.loss(batch).backward()
-    return counter.get_total_flops() / 2 / getattr(step.args, 'repeated_aug', 1)
+    images = batch[0][0].shape[:2].numel() if step.stage == 'generic' else len(batch[0])  # stage 1: images x views
+    return counter.get_total_flops() / images
 
 
 def loss_difference(one, other, batch, seed):
@@ -335,10 +336,10 @@ def measure(stage, script, options, given):
            'input_size': args.input_size[0], 'num_workers': args.num_workers, 'processes': args.world_size, 'amp': args.amp,
            'compile': args.compile, 'views': views, 'device': args.hardware, 'threads': torch.get_num_threads(),
            'commit': args.commit, 'versions': args.versions, 'steps': options.steps, 'turns': options.turns}
-    row['gflop_per_image'] = count_flop(Step(stage, script, given, plain=False), first_two(stage, ready)) / 1e9
-    ours(Repeat(ready, 2))  # compiles, allocates
+    ours(Repeat(ready, 2))  # compiles, allocates; nothing but the script's own work so far, so its memory is the peak
     row['peak_memory_gb'] = torch.cuda.max_memory_allocated() / 1e9 if device.type == 'cuda' else \
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    row['gflop_per_image'] = count_flop(Step(stage, script, given, plain=False), first_two(stage, ready)) / 1e9
     row['loader_per_core'] = per_core(loader.dataset)
     batches = Endless(loader, options.steps)
     some = copy.copy(batches)  # of the same workers, each of which gives at least two batches
@@ -443,8 +444,9 @@ def main(options, words):
     with tempfile.TemporaryDirectory() as folder:
         args.output_dir = f'{folder}/output'
         args.data_path = args.data_path or str(draw_data(options.stage, Path(folder)))
-        if options.plain and (args.amp == 'fp16' or getattr(args, 'repeated_aug', 1) > 1):
-            raise models.InputError('fp16 and --repeated_aug have no plain counterpart: add --no-plain')
+        if options.plain and (args.amp == 'fp16' or args.accum_iter > 1 or getattr(args, 'repeated_aug', 1) > 1):
+            raise models.InputError('fp16, --repeated_aug and --accum_iter above 1 have no plain counterpart: '
+                                    'add --no-plain')
         if options.teacher:
             give_random_teacher(options.stage, script, args)
         elif options.stage == 'generic':
