@@ -1,936 +1,657 @@
-"""The training scripts as a user meets them: what they refuse, what they write, how they resume, how the stages chain.
+"""The scripts as a user meets them: the chain of stages, what runs print, log and hold, and what is refused.
 
-Most cases call `main` in this process on drawn 16-pixel images; processes are started where a process is the claim.
+Runs are tiny and in this process, on drawn data; processes are started where a process is the claim.
 """
 import collections
+import io
 import json
-import os
+import math
+import pickle
 import re
-import runpy
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
-from conftest import assert_same_bits, checkpoint_of, contents, environment, leaves, log_of, without_clock
+from conftest import (CLS, DET, EVERY_SCRIPT, FOLDER, GENERIC, SEG, assert_same_bits, checkpoint_of, command,
+                      contents, environment, leaves, log_of, run, run_two_processes, train, without_clock)
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import generic_distill
 import models
-import specific_distill_cls
 
-ROOT = Path(__file__).resolve().parents[1]
-GENERIC, CLS = generic_distill, specific_distill_cls
-CLASSES = ('ant', 'bee', 'cat')
-TINY = ('--input_size', '16', '--batch_size', '8', '--accum_iter', '1', '--epochs', '2', '--warmup_epochs', '1',
-        '--num_workers', '0', '--device', 'cpu')
-MODEL = {GENERIC: ('--model', 'mae_vit_pico_patch8', '--teacher_model', 'mae_vit_pico_patch8', '--target_layer', '2'),
-         CLS: ('--model', 'vit_pico_patch8', '--teacher_model', 'vit_pico_patch8')}
-BOTH = pytest.mark.parametrize('script', [GENERIC, CLS], ids=['stage 1', 'classification'])
+EPOCH_SCRIPTS = pytest.mark.parametrize('script', [GENERIC, CLS], ids=['generic', 'cls'])
+STAGE_2 = pytest.mark.parametrize('script', [CLS, DET, SEG], ids=['cls', 'det', 'seg'])
+PLAIN = {GENERIC: '--target pixel', CLS: '', DET: '', SEG: ''}  # a run that needs no other
 
+# ---- the chain of stages -------------------------------------------------------------------------
 
-# ------------------------------------------------------------------------------------------------------------- helpers
-
-
-def draw(path, colour=(90, 120, 150), seed=0):
-    pixels = np.random.default_rng(seed).normal(colour, 40, (16, 16, 3))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
-
-
-def draw_classes(folder, classes, counts):
-    for label, (name, count) in enumerate(zip(classes, counts, strict=True)):
-        for i in range(count):
-            draw(folder / name / f'{i:02}.png', (60 + 70 * label, 120, 200 - 60 * label), seed=100 * label + i)
-
-
-def command(script, out, *flags):
-    return [str(flag) for flag in ('--output_dir', out, *TINY, *MODEL[script], *flags)]
-
-
-def parse(script, out, *flags):
-    return script.get_args_parser().parse_args(command(script, out, *flags))
+MAE, CLASSIFIER, DISTILLED = 'decoder_pred.weight', 'head.weight', 'head_dist.weight'
+HEAD, POOLED, BOXES, MAP = 'feature_head.fc2.weight', 'fc_norm.weight', 'rpn.head.cls_logits.weight', 'decode_head.conv_seg.weight'
+BOX_TERMS = 'objectness rpn_box_reg classifier box_reg mask'
+RUNS = {
+    # name: script, flags, terms of the loss besides the loss, parameters it has and has not
+    'mae': (GENERIC, '--target pixel --model mae_vit_nano_patch8', 'pixel', (MAE,), (HEAD,)),
+    'feature': (GENERIC, '--teacher_path {mae}', 'feature', (HEAD,), (MAE,)),
+    'masked': (GENERIC, '--teacher_path {mae} --supervise masked', 'feature', (HEAD,), (MAE,)),
+    'recon': (GENERIC, '--teacher_path {mae} --target recon', 'recon', (HEAD,), (MAE,)),
+    'recon_gt': (GENERIC, '--teacher_path {mae} --target recon_gt', 'recon pixel', (HEAD,), (MAE,)),
+    'teacher': (CLS, '--model vit_nano_patch8 --finetune {mae}', '', (CLASSIFIER, POOLED), (DISTILLED, 'mask_token')),
+    'g2sd': (CLS, '--finetune {feature} --teacher_path {teacher}', 'class distill', (DISTILLED,), (POOLED, HEAD)),
+    'soft': (CLS, '--finetune {feature} --teacher_path {teacher} --distillation_type soft', 'class distill',
+             (DISTILLED,), (POOLED,)),
+    'labels': (CLS, '--finetune {feature}', '', (CLASSIFIER, POOLED), (DISTILLED,)),
+    'deit_distilled': (CLS, '--teacher_path {teacher}', 'class distill', (DISTILLED,), (POOLED,)),
+    'deit': (CLS, '', '', (CLASSIFIER, 'norm.weight'), (DISTILLED, POOLED)),
+    'det_teacher': (DET, '--fpn_dim 24 --results_json {results}', BOX_TERMS, (BOXES,), ('adapters.0.weight',)),
+    'det': (DET, '--finetune {feature} --teacher_path {det_teacher} --distill_warmup 1', f'{BOX_TERMS} fpn head',
+            (BOXES,), ('adapters.0.weight',)),
+    'seg_teacher': (SEG, '--model vit_nano_patch8 --finetune {mae}', 'seg aux', (MAP,), ()),
+    'seg': (SEG, '--finetune {feature} --teacher_path {seg_teacher}', 'seg aux cwd', (MAP,), ()),
+}
+EVERY_RUN = pytest.mark.parametrize('name', RUNS)
 
 
-def run(script, out, *flags):
-    return script.main(parse(script, out, *flags))
+@pytest.fixture(scope='session')
+def chain(data, tmp_path_factory):
+    """Output folders of all RUNS, each made from the checkpoints of those before it, and their checkpoints by name."""
+    folder = tmp_path_factory.mktemp('chain')
+    paths = {name: folder / name / 'checkpoint.pth' for name in RUNS}
+    paths['results'] = folder / 'results.json'
+    for name, (script, flags, *_) in RUNS.items():
+        train(script, data, folder / name, flags.format(**paths))
+    return SimpleNamespace(folder=folder, paths=paths)
 
 
-def start(script, out, *flags):
-    """The script in a process of its own, from another folder than the repository's."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return subprocess.Popen([sys.executable, script.__file__, *command(script, out, *flags)], cwd=out.parent,
-                            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
+@EVERY_RUN
+def test_a_run_logs_terms_that_add_up_and_holds_its_network(name, chain, data):
+    """The stages and their files: log.txt, and what checkpoint.pth holds for the next stage."""
+    script, _, terms, has, has_not = RUNS[name]
+    checkpoint, lines = checkpoint_of(chain.folder / name), log_of(chain.folder / name)
+    assert set(has) <= set(checkpoint['model']) and not set(has_not) & set(checkpoint['model'])
+    key = 'epoch' if script in (GENERIC, CLS) else 'iteration'
+    assert [line[key] for line in lines] == ([0, 1] if key == 'epoch' else [2, 4])
+    for line in lines:
+        names = {f'train_loss_{term}' for term in terms.split()}
+        assert {entry for entry in line if entry.startswith('train_loss_')} == names
+        if names:
+            assert line['train_loss'] == pytest.approx(sum(line[entry] for entry in names), rel=1e-5)
+        assert line['train_lr'] > 0 and line['train_seconds'] > 0
+    measures = {GENERIC: (), CLS: ('acc1', 'acc5'), DET: ('bbox_AP', 'mask_AP'), SEG: ('mIoU',)}[script]
+    assert all(0 <= lines[-1][f'test_{measure}'] <= 100 for measure in measures)
+    assert any(entry.startswith('test_') for entry in lines[-1]) == (script is not GENERIC)
+
+
+@EVERY_RUN
+def test_a_checkpoint_holds_tensors_and_plain_types_alone(name, chain):
+    """It opens with torch's weights-only default, and no class of ours is needed to read it."""
+    checkpoint = checkpoint_of(chain.folder / name)
+    parts = {'model', 'optimizer', 'scaler', 'meter', 'epoch', 'samples', 'args', 'classes'}
+    assert set(checkpoint) == parts | ({'adapters'} if name == 'det' else set())
+    assert checkpoint['epoch'] == 1 and checkpoint['samples'] == 0
+    assert type(checkpoint['args']) is dict and type(checkpoint['model']) in (dict, collections.OrderedDict)
+    plain = {torch.Tensor, str, int, float, bool, type(None)}
+    assert {type(value) for _, value in leaves(checkpoint)} <= plain
+
+
+def test_classifiers_load_strictly_into_timm(chain):
+    """Stage 2 keeps timm's names: its own classes take our checkpoints with strict=True."""
+    size = {'img_size': 16, 'patch_size': 8, 'embed_dim': 32, 'depth': 2, 'num_heads': 2, 'num_classes': 12}
+    networks = {'deit': VisionTransformer(**size), 'labels': VisionTransformer(**size, global_pool='avg'),
+                'g2sd': VisionTransformerDistilled(**size)}
+    for name, network in networks.items():
+        network.load_state_dict(checkpoint_of(chain.folder / name)['model'], strict=True)
+
+
+@STAGE_2
+def test_stage_2_starts_from_the_encoder_of_stage_1(script, data, chain, tmp_path):
+    """The decoder is thrown away; the encoder starts the task model unchanged."""
+    train(script, data, tmp_path, '--finetune', chain.paths['feature'], '--lr 0',
+          '--min_lr 0' if script is CLS else '')
+    student = checkpoint_of(chain.folder / 'feature')['model']
+    started = checkpoint_of(tmp_path)['model']
+    for key in ('patch_embed.proj.weight', 'blocks.1.mlp.fc2.weight', 'blocks.0.attn.qkv.weight'):
+        match = [value for name, value in started.items() if name.endswith(key)]
+        assert len(match) == 1 and torch.equal(match[0], student[key])
+
+
+def test_teacher_mask_and_supervision_decide_the_loss_of_stage_1(data, chain, tmp_path):
+    """Stage 1: the target comes from the given teacher and block; the middle block is the default."""
+    changed = checkpoint_of(chain.folder / 'mae')
+    changed['model']['blocks.0.mlp.fc1.weight'] *= -1
+    torch.save(changed, tmp_path / 'changed.pth')
+    losses = {}
+    for flags in ('', '--target_layer 1', '--target_layer 2', '--mask_ratio 0.5', '--supervise masked',
+                  f'--teacher_path {tmp_path}/changed.pth'):
+        train(GENERIC, data, tmp_path / flags, '--teacher_path', chain.paths['mae'], '--lr 0 --min_lr 0', flags)
+        losses[flags] = log_of(tmp_path / flags)[0]['train_loss']
+    assert losses.pop('') == losses['--target_layer 1']  # of two blocks
+    assert len(set(losses.values())) == len(losses)
+
+
+# ---- evaluation ----------------------------------------------------------------------------------
+
+
+def evaluate_alone(script, data, out, *flags):
+    """Statistics of --eval, without any flag about sizes."""
+    seen, evaluate = [], script.evaluate
+    words = f'--eval --data_path {data / FOLDER[script]} --batch_size 3 --num_workers 0 --device cpu'.split()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, 'evaluate', lambda *args: seen.append(evaluate(*args)))
+        run(script, 'script', *words, '--output_dir', out, *flags)
+    return seen[0]
+
+
+@pytest.mark.parametrize('name', ['teacher', 'g2sd', 'deit', 'det_teacher', 'seg'])
+def test_evaluation_alone_repeats_the_last_line_of_the_log(name, data, chain, tmp_path):
+    """--eval takes the model and its sizes from the checkpoint, and writes nothing but what it is asked for."""
+    script, results = RUNS[name][0], tmp_path / 'results.json'
+    flags = ('--results_json', results) if script is DET else ()
+    stats = evaluate_alone(script, data, tmp_path / 'out', '--resume', chain.paths[name], *flags)
+    last = log_of(chain.folder / name)[-1]
+    for key, value in stats.items():
+        assert last[key] == (pytest.approx(value, rel=1e-6) if key == 'test_loss' else value)
+    assert 'test_images' in stats and not (tmp_path / 'out').exists()
+    if script is DET:  # scores at the last bit may depend on the batch
+        ours, theirs = (json.loads(path.read_text()) for path in (results, chain.paths['results']))
+        assert len(ours) == len(theirs) > 20
+        assert [entry['score'] for entry in ours] == pytest.approx([entry['score'] for entry in theirs], rel=1e-4)
+
+
+def test_a_flag_by_hand_wins_over_the_evaluated_checkpoint(data, chain, tmp_path):
+    """--eval at another image size: position tables are resized."""
+    flags = ('--resume', chain.paths['g2sd'])
+    stats, larger = (evaluate_alone(CLS, data, tmp_path, *flags, *more) for more in ((), ('--input_size', '32')))
+    assert larger['test_loss'] != stats['test_loss'] and larger['test_images'] == 12
+
+
+def test_eval_every_leaves_out_evaluations_but_never_the_first_or_the_last(data, tmp_path):
+    train(CLS, data, tmp_path, '--epochs 5 --eval_every 3')
+    assert ['test_acc1' in line for line in log_of(tmp_path)] == [True, False, True, False, True]
+
+
+# ---- help, printed lines -------------------------------------------------------------------------
+
+
+@EVERY_SCRIPT
+def test_help_shows_the_real_defaults(script, monkeypatch, capsys):
+    monkeypatch.setenv('COLUMNS', '10000')
+    parser = script.get_args_parser()
+    with pytest.raises(SystemExit):
+        parser.parse_args(['--help'])
+    printed = ' '.join(capsys.readouterr().out.split())
+    for action in parser._actions[1:]:
+        assert f'{action.help.split(" (default: ")[0]} (default: {action.default})' in printed
+
+
+DATA_LINES = {
+    GENERIC: r'48 images of .*/imagenet/train, 48 an epoch',
+    CLS: r'48 training images, 48 an epoch, 12 to evaluate on, 12 classes$',
+    DET: r'(\d) of 4 images .* (\d+) of (\d+) objects used, left out: .*; 3 .*4 classes: circle, square, triangle, star',
+    SEG: r'4 training images, 3 to evaluate on.*8 classes: grass, sand, water, pole, circle',
+}
+
+
+@EVERY_SCRIPT
+def test_a_line_tells_what_was_found_in_the_data_and_what_was_left_out(script, data, tmp_path, capsys, monkeypatch):
+    """Before training: images used and found, classes by name if they are few, and what was left out and why."""
+    monkeypatch.setattr(script, 'train_one_epoch', lambda *_: pytest.exit('training began'))
+    annotations = data / 'coco/annotations/instances_train2017.json'
+    content = json.loads(annotations.read_text())
+    content['annotations'][-1]['segmentation'] = []
+    content['annotations'][0]['iscrowd'] = 1
+    (tmp_path / 'coco.json').write_text(json.dumps(content))
+    flags = ('--train_annotations', tmp_path / 'coco.json') if script is DET else ()
+    with pytest.raises(pytest.exit.Exception):
+        train(script, data, tmp_path, PLAIN[script], *flags)
+    line = re.search('^data: .*', capsys.readouterr().out, re.M)[0]
+    found = re.search(DATA_LINES[script], line)
+    assert found, line
+    if script is DET:
+        crowds = sum(entry['iscrowd'] for entry in content['annotations'][:-1])
+        assert f'1 without a polygon' in line and f'{crowds} crowds' in line
+        assert int(found[2]) + crowds + 1 == int(found[3]) == len(content['annotations'])
+
+
+def test_printed_lines_come_after_the_first_step_and_agree_with_the_log(data, tmp_path, capsys):
+    """First after step 1, then every --print_freq and at the end; epochs are numbered from 0, as in log.txt."""
+    train(GENERIC, data, tmp_path, '--target pixel --print_freq 4')
+    pattern = (r'^\d\d:\d\d:\d\d epoch (\d)/2 step (\d)/6 loss (\S+) loss_pixel (\S+) lr (\S+) grad_norm [\d.]+ '
+               r'[\d.]+ images/s data \d+% eta \d:\d\d:\d\d$')
+    rows = re.findall(pattern, capsys.readouterr().out, re.M)
+    assert [(int(row[0]), int(row[1])) for row in rows] == [(0, 1), (0, 4), (0, 6), (1, 1), (1, 4), (1, 6)]
+    for line, first in zip(log_of(tmp_path), (0, 3)):
+        losses = [float(row[2]) for row in rows[first:first + 3]]
+        assert np.dot(losses, [1, 3, 2]) / 6 == pytest.approx(line['train_loss'], abs=1e-4)
+        assert float(rows[first + 2][4]) == pytest.approx(line['train_lr'], rel=0.01)
+
+
+def test_rate_share_of_data_and_time_left_count_the_device_as_work(monkeypatch, capsys):
+    """A printed line waits for the device (here 10 s): that is the time of the steps, not of the data."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(models, 'time', SimpleNamespace(time=lambda: clock.now, strftime=lambda _: '12:00:00'))
+    args = SimpleNamespace(batch_size=8, world_size=1, print_freq=2, distributed=False, amp='off')
+    optimizer = SimpleNamespace(param_groups=[{'lr': 0.5}, {'lr': 0.1}])
+    meter = models.Meter(args, optimizer, epochs=3)
+    flush = meter.flush
+
+    def wait_for_device():
+        clock.now += 10
+        return flush()
+
+    class Loader(list):
+        def __iter__(self):
+            for number in super().__iter__():
+                clock.now += 3
+                yield number
+
+    monkeypatch.setattr(meter, 'flush', wait_for_device)
+    for _ in meter.log_every(Loader(range(4)), 1, 0):
+        clock.now += 1
+        meter.update(torch.tensor(2.0), loss=torch.tensor(1.0))
+    lines = [line.split(' lr ')[1] for line in capsys.readouterr().out.splitlines()]
+    expected = [(14, 3, 7), (14, 3, 6), (9, 3, 4)]  # seconds per step, of them for data, steps that are left
+    for line, (seconds, loading, left) in zip(lines, expected, strict=True):
+        eta = f'0:{seconds * left // 60:02}:{seconds * left % 60:02}'
+        assert line == f'0.5 grad_norm 2 {8 / seconds:.1f} images/s data {loading / seconds:.0%} eta {eta}'
+    assert meter.stats()['train_seconds'] == 4 * 4 + 3 * 10
+
+
+# ---- errors --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='session')
+def files(data, chain, tmp_path_factory):
+    """What goes wrong for users: {name: path} of mismatched and broken files, and the checkpoints of the chain."""
+    folder = tmp_path_factory.mktemp('files')
+    whole = checkpoint_of(chain.folder / 'mae')['model']
+    encoder = {key: value for key, value in whole.items() if not key.startswith(('decoder', 'mask_token'))}
+    torch.save({'model': encoder}, folder / 'mae_pretrain_vit_base.pth')
+    (folder / 'truncated.pth').write_bytes(chain.paths['mae'].read_bytes()[:-5000])
+    torch.save({'model': whole, 'loader': pytest.fail}, folder / 'code.pth')
+    bare = checkpoint_of(chain.folder / 'teacher')['model']
+    torch.save(bare, folder / 'bare.pth')
+    (folder / 'empty/train/a').mkdir(parents=True)
+    (folder / 'empty/val/a').mkdir(parents=True)
+    for split, second in (('train', 'b'), ('val', 'c')):
+        for name in ('a', second):
+            (folder / 'unequal' / split / name).mkdir(parents=True)
+            for index in range(8):
+                Image.new('RGB', (16, 16)).save(folder / f'unequal/{split}/{name}/{index}.png')
+            (folder / 'two' / split / name.replace('c', 'b')).mkdir(parents=True)
+            Image.new('RGB', (16, 16)).save(folder / f'two/{split}/{name.replace("c", "b")}/0.png')
+    for split in ('train', 'val'):
+        content = json.loads((data / f'coco/annotations/instances_{split}2017.json').read_text())
+        content['categories'][0]['name'] = 'disc'
+        (folder / f'{split}.json').write_text(json.dumps(content))
+    return {**chain.paths, 'files': folder, 'encoder': folder / 'mae_pretrain_vit_base.pth'}
+
+
+ERRORS = {
+    # what a user gets wrong: script, flags, what the line must say
+    'no teacher': (GENERIC, '', r'--teacher_path is missing.*mae_pretrain_vit_base_full\.pth'),
+    'an encoder as teacher': (GENERIC, '--teacher_path {encoder} --teacher_model mae_vit_nano_patch8',
+                              r'mae_pretrain_vit_base\.pth has no decoder.*mae_pretrain_vit_base_full\.pth'),
+    'no such teacher': (GENERIC, '--teacher_path {files}/absent.pth', r'no checkpoint file at .*absent\.pth'),
+    'a truncated teacher': (GENERIC, '--teacher_path {files}/truncated.pth', r'truncated\.pth is no readable'),
+    'code in a checkpoint': (GENERIC, '--teacher_path {files}/code.pth', r'code\.pth is no readable.*_pytest'),
+    'a teacher of another size': (GENERIC, '--teacher_path {mae} --teacher_model mae_vit_pico_patch8',
+                                  'another architecture.*(Missing key|size mismatch|Unexpected key)'),
+    'a teacher of another patch': (GENERIC, '--teacher_path {mae} --model mae_vit_pico_patch4', 'patch size'),
+    'a student as teacher': (GENERIC, '--teacher_path {feature}', 'another architecture.*decoder_norm'),
+    'a block behind the last': (GENERIC, '--teacher_path {mae} --target_layer 3', 'blocks 1 to 2'),
+    'a teacher for pixels': (GENERIC, '--target pixel --teacher_path {mae}', 'leave out --teacher_path'),
+    'a classifier in stage 1': (GENERIC, '--target pixel --model vit_pico_patch8', 'mae_vit_SIZE_patchP'),
+    'a teacher without a head': (CLS, '--teacher_path {mae}', 'no classification head'),
+    'a teacher of other classes': (CLS, '--teacher_path {teacher} --data_path {files}/two --batch_size 2',
+                                   r'trained on 12 classes.*the data has 2 \(a, b'),
+    'a foreign teacher of more classes': (CLS, '--teacher_path {files}/bare.pth --teacher_model vit_nano_patch8 '
+                                          '--data_path {files}/two --batch_size 2', 'has 12 classes, the data has 2'),
+    'a teacher and pooling': (CLS, '--teacher_path {teacher} --global_pool', 'exclude each other'),
+    'start weights of another size': (CLS, '--finetune {mae}', r'another architecture|does not fit'),
+    'different classes in train and val': (CLS, '--data_path {files}/unequal', "different classes.*'b'"),
+    'an odd batch with mixup': (CLS, '--batch_size 7', '--mixup 0 --cutmix 0'),
+    'classes without images': (CLS, '--data_path {files}/empty', 'no valid file.*a'),
+    'a folder of images as CIFAR': (CLS, '--data_set CIFAR10', 'holds no CIFAR10.*download=True'),
+    'evaluation of nothing': (CLS, '--eval', '--eval needs --resume'),
+    'evaluation of an autoencoder': (CLS, '--eval --resume {mae}', 'no classification head|unknown model'),
+    'evaluation on other classes': (CLS, '--eval --resume {teacher} --data_path {files}/two', 'trained on 12 classes'),
+    'a resume of another stage': (CLS, '--resume {mae}', 'trained on|another architecture'),
+    'fewer images than an update': (CLS, '--accum_iter 8', '48 images, fewer than one batch of 64.*lower --batch_size'),
+    'a side that is no multiple of 4 patches': (DET, '--input_size 40', '--input_size.*multiple of 4 patches'),
+    'evaluation of a classifier as detector': (DET, '--eval --resume {teacher}', 'no detector'),
+    'a detector of other categories': (
+        DET, '--teacher_path {det_teacher} --train_annotations {files}/train.json --val_annotations {files}/val.json',
+        r'trained on 4 classes \(circle.*the data has 4 \(disc'),
+    'a detector for another size': (DET, '--teacher_path {det_teacher} --input_size 32', '--input_size'),
+    'other rounds on resume': (DET, '--resume {det_teacher} --fpn_dim 24 --eval_every 1', '--eval_every was 2'),
+    'a batch of one': (SEG, '--batch_size 1', '--batch_size 1.*at least 2'),
+    'a detector as segmentation teacher': (SEG, '--teacher_path {det}', 'no segmentation network'),
+    'a segmentation teacher for another size': (SEG, '--teacher_path {seg_teacher} --input_size 64', '--input_size'),
+}
+
+def error_of(script, data, out, *flags):
+    """The line with which a run ends before it trains."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(script, 'train_one_epoch', lambda *_: pytest.fail('training began'))
+        train(script, data, out, *flags)
+    assert isinstance(stop.value.code, str)  # Python prints it, and ends with status 1
+    assert len(stop.value.code.splitlines()) == 1
+    assert not (out / 'checkpoint.pth').exists()
+    return stop.value.code
+
+
+@pytest.mark.parametrize('case', ERRORS)
+def test_a_wrong_input_is_refused_in_one_line(case, data, files, tmp_path):
+    script, flags, message = ERRORS[case]
+    assert re.search(message, error_of(script, data, tmp_path, flags.format(**files)))
+
+
+@EVERY_SCRIPT
+def test_what_any_script_refuses_in_one_line(script, data, files, chain, tmp_path):
+    total, warmup = ('epochs', 'warmup_epochs') if script in (GENERIC, CLS) else ('iterations', 'warmup_iterations')
+    other = chain.folder / ('seg' if script is DET else 'det') / 'args.json'
+    cases = {
+        '--data_path {files}/absent': 'absent',
+        '--input_size 20': r'\b20\b.*patch',
+        '--model resnet50': "unknown model name 'resnet50'.*pico",
+        f'--{warmup} 2 --{total} 2': f'--{warmup} 2 must be below --{total} 2',
+        '--device cuda': '--device cuda.*no usable GPU',
+        '--resume {files}/absent.pth': 'no checkpoint file at .*absent',
+        '--resume {files}/bare.pth': 'older version.*--finetune',
+        '--config {files}/absent.json': '--config .*absent.json',
+        f'--config {other}': '--config .*args.json is of another script: no flag --',
+    }
+    if torch.cuda.is_available():
+        del cases['--device cuda']
+    for flags, message in cases.items():
+        assert re.search(message, error_of(script, data, tmp_path, PLAIN[script], flags.format(**files))), flags
+
+
+def test_an_error_of_a_process_is_one_line_and_a_status(data, files, tmp_path):
+    """The failure that users report most, and a damaged image that a data worker meets."""
+    (tmp_path / 'images').mkdir()
+    for index in range(8):
+        Image.new('RGB', (16, 16)).save(tmp_path / f'images/{index}.png')
+    (tmp_path / 'images/5.png').write_bytes(b'no image')
+    expected = {
+        r'.*mae_pretrain_vit_base\.pth has no decoder.*mae_pretrain_vit_base_full\.pth.*':
+            f'--teacher_path {files["encoder"]} --teacher_model mae_vit_nano_patch8',
+        r'cannot read \S+/images/5\.png \(.*\): mend or remove the file':
+            f'--target pixel --data_path {tmp_path}/images --num_workers 2 --epochs 3',
+    }
+    for message, flags in expected.items():
+        words = [sys.executable, *command(GENERIC, data, tmp_path / 'out', flags)]
+        done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=100, check=False)
+        lines = done.stderr.splitlines()
+        assert done.returncode == 1 and len(lines) == 1 and re.fullmatch(message, lines[0]), done.stderr
+
+
+@EVERY_SCRIPT
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_damaged_image_ends_the_run_and_is_named(script, workers, data, tmp_path):
+    folder = tmp_path / 'data' / FOLDER[script]
+    for name, content in contents(data / FOLDER[script]).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        is_picture = 'train' in name and name.endswith(('.jpg', '.png')) and 'annotations' not in name
+        (folder / name).write_bytes(content[:100] if is_picture else content)
+    with pytest.raises(models.DataError) as error:
+        train(script, tmp_path / 'data', tmp_path / 'out', PLAIN[script], '--num_workers', workers)
+    line = str(error.value).splitlines()[-1]
+    assert re.search(rf'cannot read {re.escape(str(folder))}/\S+\.(jpg|png) \(', line)
+    assert not (tmp_path / 'out/checkpoint.pth').exists()
+
+
+def test_an_exception_of_a_fork_in_a_data_worker_shows_its_own_traceback(data, tmp_path, monkeypatch):
+    def augment(self, image):
+        raise ValueError('a mistake of my own')
+
+    monkeypatch.setattr(GENERIC.CropAndNoise, '__call__', augment)
+    with pytest.raises(ValueError, match='(?s)Original Traceback.*in augment.*a mistake of my own'):
+        train(GENERIC, data, tmp_path, '--target pixel --num_workers 1')
+
+
+@EVERY_SCRIPT
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(script, data, tmp_path):
+    train(script, data, tmp_path, PLAIN[script])
+    before, lines = checkpoint_of(tmp_path), log_of(tmp_path)
+    more = '--epochs 4' if script in (GENERIC, CLS) else '--iterations 8'
+    with pytest.raises(SystemExit, match=r'^not finite: .*(loss|grad_norm).*last checkpoint is kept'):
+        train(script, data, tmp_path, PLAIN[script], more, '--lr 1e30 --resume auto')
+    assert_same_bits(checkpoint_of(tmp_path), before)
+    assert without_clock(log_of(tmp_path)) == without_clock(lines)
+
+
+@EVERY_SCRIPT
+def test_a_run_is_never_overwritten_but_a_failed_start_can_be_repeated(script, data, chain, tmp_path):
+    """An output folder without a checkpoint holds no run; that of another run is refused and left as it is."""
+    error_of(script, data, tmp_path, PLAIN[script], '--model resnet50')
+    assert (tmp_path / 'args.json').exists()
+    train(script, data, tmp_path, PLAIN[script])
+    before = contents(tmp_path)
+    for flags in ((), ('--resume', chain.paths['mae'])):
+        with pytest.raises(SystemExit, match='holds another run.*--resume auto'):
+            train(script, data, tmp_path, PLAIN[script], *flags)
+    (tmp_path / 'checkpoint.pth').rename(tmp_path / 'previous.pth')
+    with pytest.raises(SystemExit, match='holds another run'):
+        train(script, data, tmp_path, PLAIN[script])
+    (tmp_path / 'previous.pth').rename(tmp_path / 'checkpoint.pth')
+    assert {**contents(tmp_path), 'previous.pth': b''} == {**before, 'previous.pth': b''}
+
+
+# ---- recipes and schedules -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('script, flags, expected', [
+    (GENERIC, '', (300, 10, 1.5e-4, 2.5e-6)),
+    (GENERIC, '--target recon_gt', (300, 10, 1.5e-4, 2.5e-6)),
+    (GENERIC, '--target pixel', (800, 40, 1.5e-4, 0.0)),
+    (GENERIC, '--target pixel --epochs 400 --warmup_epochs 0 --min_lr 1e-6', (400, 0, 1.5e-4, 1e-6)),
+    (CLS, '', (500, 5, 2.5e-4, 1e-6, 1.0, False)),
+    (CLS, '--finetune x', (200, 5, 1e-3, 1e-6, 0.75, True)),
+    (CLS, '--teacher_path y', (500, 5, 2.5e-4, 1e-6, 1.0, False)),
+    (CLS, '--finetune x --teacher_path y', (200, 5, 1e-3, 1e-6, 0.75, False)),
+    (CLS, '--finetune x --teacher_path y --distillation_type none', (200, 5, 1e-3, 1e-6, 0.75, True)),
+    (CLS, '--finetune x --no-global_pool --epochs 100 --blr 5e-4 --layer_decay 0.65',
+     (100, 5, 5e-4, 1e-6, 0.65, False)),
+])
+def test_finetune_and_target_choose_the_recipe_and_flags_win(script, flags, expected, tmp_path, monkeypatch):
+    """Supplement 1.1 and Table 1, MAE's pre-training; mean pooling is the default of fine-tuning without a teacher."""
+    args = script.get_args_parser().parse_args([*flags.split(), '--output_dir', str(tmp_path), '--device', 'cpu'])
+    monkeypatch.setattr(script, 'build_data', lambda *_: pytest.exit('data'))
+    with pytest.raises(pytest.exit.Exception):
+        script.main(args)
+    names = ('epochs', 'warmup_epochs', 'blr', 'min_lr', 'layer_decay', 'global_pool')
+    assert tuple(getattr(args, name) for name in names[:len(expected)]) == expected
+
+
+@EPOCH_SCRIPTS
+def test_the_learning_rate_follows_the_effective_batch_and_the_schedule(script, data, tmp_path, capsys):
+    """lr = blr * batch_size * accum_iter / 256; linear warm-up, then a cosine to min_lr, set before each update."""
+    words = command(script, data, tmp_path, PLAIN[script], '--blr 3e-2 --min_lr 1e-4 --accum_iter 2 --epochs 4')
+    args = script.get_args_parser().parse_args(words[1:])
+    args.lr = None  # as if it was not given
+    script.main(args)
+    peak = 3e-2 * 8 * 2 / 256
+    assert 'effective batch 16' in capsys.readouterr().out and args.lr == pytest.approx(peak, rel=1e-12)
+    last_update = np.arange(4) + 4 / 6
+    cosine = 1e-4 + (peak - 1e-4) * (1 + np.cos(np.pi * (last_update - 1) / 3)) / 2
+    expected = np.where(last_update < 1, peak * last_update, cosine)
+    assert [line['train_lr'] for line in log_of(tmp_path)] == pytest.approx(expected.tolist(), rel=1e-9)
+
+
+# ---- processes -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def two_processes(data, chain, tmp_path_factory):
+    """Folder of a run of stage 1 and one of classification, and evaluations, all by two processes of torchrun."""
+    folder = tmp_path_factory.mktemp('two')
+    jobs = {
+        'generic': command(GENERIC, data, folder / 'generic', '--teacher_path', chain.paths['mae'], '--lr 1e-4'),
+        'cls': command(CLS, data, folder / 'cls'),
+        'det': command(DET, data, folder / 'none', '--eval --resume', chain.paths['det_teacher'], '--results_json',
+                       folder / 'results.json', '--fpn_dim 24'),
+        'seg': command(SEG, data, folder / 'none', '--eval --resume', chain.paths['seg_teacher'],
+                       '--model vit_nano_patch8'),
+    }
+    run_two_processes(folder, jobs)
+    return folder
 
 
 def largest_difference(left, right):
     return max((left[name] - right[name]).abs().max().item() for name in left)
 
 
-# ------------------------------------------------------------------------------------------------------------ fixtures
-
-
-@pytest.fixture(scope='session')
-def data(tmp_path_factory):
-    """3 classes, 48 images in train/ and 10 in val/."""
-    folder = tmp_path_factory.mktemp('data')
-    draw_classes(folder / 'train', CLASSES, (16, 16, 16))
-    draw_classes(folder / 'val', CLASSES, (4, 3, 3))
-    return folder
-
-
-@pytest.fixture(scope='session')
-def chain(data, tmp_path_factory):
-    """The output folder of every kind of run, each made from the checkpoints of those before it."""
-    folder = tmp_path_factory.mktemp('chain')
-    weights = {name: folder / name / 'checkpoint.pth' for name in ('mae', 'teacher', 'feature')}
-    runs = {
-        'mae': (GENERIC, '--target', 'pixel'),
-        'teacher': (CLS, '--finetune', weights['mae']),
-        'feature': (GENERIC, '--teacher_path', weights['mae']),
-        'masked': (GENERIC, '--teacher_path', weights['mae'], '--supervise', 'masked'),
-        'recon': (GENERIC, '--teacher_path', weights['mae'], '--target', 'recon'),
-        'recon_gt': (GENERIC, '--teacher_path', weights['mae'], '--target', 'recon_gt'),
-        'g2sd': (CLS, '--finetune', weights['feature'], '--teacher_path', weights['teacher']),
-        'soft': (CLS, '--finetune', weights['feature'], '--teacher_path', weights['teacher'],
-                 '--distillation_type', 'soft', '--distillation_tau', '2'),
-        'no teacher': (CLS, '--finetune', weights['feature'], '--teacher_path', weights['teacher'],
-                       '--distillation_type', 'none'),
-        'deit': (CLS,),
-        'deit distilled': (CLS, '--teacher_path', weights['teacher']),
-    }
-    for name, (script, *flags) in runs.items():
-        run(script, folder / name, '--data_path', data, '--lr', '1e-3', *flags)
-    return folder
-
-
-@pytest.fixture(scope='session')
-def inputs(data, chain, tmp_path_factory):
-    """What goes wrong for users: broken and mismatched data sets and checkpoints."""
-    folder = tmp_path_factory.mktemp('inputs')
-    whole = checkpoint_of(chain / 'mae')['model']
-    torch.save({'model': {k: v for k, v in whole.items() if not k.startswith(('decoder', 'mask_token'))}},
-               folder / 'encoder.pth')
-    (folder / 'truncated.pth').write_bytes((chain / 'mae/checkpoint.pth').read_bytes()[:-5000])
-
-    class Mischief:
-        def __reduce__(self):
-            return os.mkdir, (str(folder / 'mischief'),)
-
-    torch.save({'model': {'cls_token': Mischief()}}, folder / 'mischief.pth')
-    torch.save(checkpoint_of(chain / 'teacher')['model'], folder / 'bare_teacher.pth')
-    for name, classes, val_classes in (('renamed', ('ant', 'bee', 'dog'), ('ant', 'bee', 'dog')),
-                                       ('fewer', CLASSES[:2], CLASSES[:2]), ('unequal', CLASSES, ('ant', 'bee', 'dog'))):
-        draw_classes(folder / name / 'train', classes, [8] * len(classes))
-        draw_classes(folder / name / 'val', val_classes, [1] * len(classes))
-    for name in ('empty/train', 'empty/val', 'hollow/train/ant', 'hollow/val/ant'):
-        (folder / name).mkdir(parents=True)
-    return SimpleNamespace(folder=folder, data=data, chain=chain, mae=chain / 'mae/checkpoint.pth',
-                           teacher=chain / 'teacher/checkpoint.pth')
-
-
-# ---------------------------------------------------------------------------------------------------------------- help
-
-
-@BOTH
-def test_help_shows_the_real_defaults(script, monkeypatch, capsys):
-    """Style: help prints the default that the code has."""
-    monkeypatch.setenv('COLUMNS', '10000')
-    parser = script.get_args_parser()
-    with pytest.raises(SystemExit) as stop:
-        parser.parse_args(['--help'])
-    assert stop.value.code == 0
-    printed = capsys.readouterr().out
-    shown = [action for action in parser._actions if action.dest != 'help']
-    assert len(shown) > 20
-    for action in shown:
-        text = action.help.replace('%%', '%').split(' (default')[0]  # some versions of argparse add it to a switch's help
-        line = next(line for line in printed.splitlines() if text in line)
-        assert f'(default: {action.default})' in line, action.dest
-
-
-# -------------------------------------------------------------------------------------------------------------- errors
-
-ERRORS = {
-    # what a user gets wrong: (script, flags, what the line must say)
-    'teacher without a decoder': (GENERIC, lambda i: ('--teacher_path', i.folder / 'encoder.pth'),
-                                  r'encoder\.pth has no decoder .*mae_pretrain_vit_base_full\.pth'),
-    'no teacher in stage 1': (GENERIC, lambda i: (), r'--teacher_path is missing.*mae_pretrain_vit_base_full\.pth'),
-    'teacher of another width': (
-        GENERIC, lambda i: ('--teacher_path', i.mae, '--teacher_model', 'mae_vit_nano_patch8'), 'this architecture'),
-    'teacher of another patch size': (
-        GENERIC, lambda i: ('--teacher_path', i.mae, '--teacher_model', 'mae_vit_pico_patch4'), 'patch size'),
-    'teacher file absent': (GENERIC, lambda i: ('--teacher_path', i.folder / 'absent.pth'), 'no checkpoint file'),
-    'truncated teacher': (GENERIC, lambda i: ('--teacher_path', i.folder / 'truncated.pth'), 'no whole checkpoint'),
-    'pickle as teacher': (GENERIC, lambda i: ('--teacher_path', i.folder / 'mischief.pth'), r'refused: .*mkdir'),
-    'student as teacher': (GENERIC, lambda i: ('--teacher_path', i.chain / 'feature/checkpoint.pth'), 'this architecture'),
-    'target layer too deep': (GENERIC, lambda i: ('--teacher_path', i.mae, '--target_layer', 3), 'blocks 1 to 2'),
-    'target layer 0': (GENERIC, lambda i: ('--teacher_path', i.mae, '--target_layer', 0), 'blocks 1 to 2'),
-    'nothing hidden': (GENERIC, lambda i: ('--target', 'pixel', '--mask_ratio', 0), '--mask_ratio 0'),
-    'everything hidden': (GENERIC, lambda i: ('--target', 'pixel', '--mask_ratio', 1), '--mask_ratio 1'),
-    'encoder as student': (GENERIC, lambda i: ('--target', 'pixel', '--model', 'vit_pico_patch8'), 'mae_vit_pico_patch8'),
-    'pixels and a teacher': (GENERIC, lambda i: ('--target', 'pixel', '--teacher_path', i.mae), 'leave --teacher_path out'),
-    'unknown augmentation': (CLS, lambda i: ('--aa', 'strange'), '--aa strange'),
-    'class token from a pooled network': (
-        CLS, lambda i: ('--finetune', i.teacher, '--no-global_pool'), 'give --global_pool'),
-    'unknown model': (GENERIC, lambda i: ('--target', 'pixel', '--model', 'resnet50'), "unknown model name 'resnet50'"),
-    'autoencoder as classifier': (CLS, lambda i: ('--model', 'mae_vit_pico_patch8'), 'vit_pico_patch8'),
-    'start weights of another width': (
-        CLS, lambda i: ('--finetune', i.mae, '--model', 'vit_nano_patch8'), 'another architecture'),
-    'truncated start weights': (CLS, lambda i: ('--finetune', i.folder / 'truncated.pth'), 'no whole checkpoint'),
-    'pickle as start weights': (CLS, lambda i: ('--finetune', i.folder / 'mischief.pth'), r'refused: .*mkdir'),
-    'teacher without a head': (CLS, lambda i: ('--teacher_path', i.mae), r'no classification head'),
-    'teacher of other classes': (
-        CLS, lambda i: ('--teacher_path', i.teacher, '--data_path', i.folder / 'renamed'), "other classes .*'cat' is 'dog'"),
-    'teacher of more classes': (
-        CLS, lambda i: ('--teacher_path', i.folder / 'bare_teacher.pth', '--data_path', i.folder / 'fewer'),
-        'tells 3 classes apart, --data_path has 2'),
-    'teacher and global pooling': (CLS, lambda i: ('--teacher_path', i.teacher, '--global_pool'), 'exclude each other'),
-    'train and val of other classes': (CLS, lambda i: ('--data_path', i.folder / 'unequal'), "different classes.*'cat'"),
-    'odd batch with mixup': (CLS, lambda i: ('--batch_size', 7), 'mixup and cutmix pair images'),
-    'evaluation of nothing': (CLS, lambda i: ('--eval',), '--eval needs --resume'),
-    'evaluation of an absent file': (CLS, lambda i: ('--eval', '--resume', 'auto'), 'no checkpoint file'),
-    'evaluation of an autoencoder': (CLS, lambda i: ('--eval', '--resume', i.mae), 'no classification head'),
-    'evaluation on other classes': (
-        CLS, lambda i: ('--eval', '--resume', i.teacher, '--data_path', i.folder / 'renamed'), "other classes .*'cat'"),
-    'evaluation on fewer classes': (
-        CLS, lambda i: ('--eval', '--resume', i.teacher, '--data_path', i.folder / 'fewer'), 'other classes .3 there, 2'),
-    'evaluation every 0 epochs': (CLS, lambda i: ('--eval_every', 0), '--eval_every'),
-    'resume of another stage': (CLS, lambda i: ('--resume', i.mae), 'this architecture'),
-    'resume on other classes': (
-        CLS, lambda i: ('--resume', i.chain / 'deit/checkpoint.pth', '--data_path', i.folder / 'renamed'), 'other classes'),
-    'resume with other optimizer groups': (
-        GENERIC, lambda i: ('--target', 'pixel', '--resume', i.mae, '--weight_decay', 0), 'optimizer has other groups'),
-}
-for _script, _name in ((GENERIC, 'stage 1'), (CLS, 'classification')):
-    _pixel = ('--target', 'pixel') if _script is GENERIC else ()
-    ERRORS |= {f'{_name}: {what}': (_script, lambda i, flags=flags, pixel=_pixel: (*pixel, *flags(i)), message)
-               for what, flags, message in (
-        ('no data path', lambda i: ('--data_path', ''), '--data_path is missing'),
-        ('absent data path', lambda i: ('--data_path', i.folder / 'absent'), r'--data_path: there is no folder .*absent'),
-        ('empty data path', lambda i: ('--data_path', i.folder / 'empty'), '--data_path.*empty'),
-        ('class folder without images', lambda i: ('--data_path', i.folder / 'hollow'), '--data_path.*hollow'),
-        ('CIFAR absent', lambda i: ('--data_set', 'CIFAR10'), 'does not hold CIFAR10.*download=True'),
-        ('fewer images than a batch', lambda i: ('--batch_size', 64), r'48 images, fewer than one batch of 64'),
-        ('fewer images than an update', lambda i: ('--accum_iter', 8), r'48 images, fewer than one batch of 64'),
-        ('size and patch', lambda i: ('--input_size', 20), '20x20 is not divisible by the patch size 8'),
-        ('three sizes', lambda i: ('--input_size', 16, 16, 16), '--input_size takes'),
-        ('only warm-up', lambda i: ('--warmup_epochs', 2), '--warmup_epochs 2 must be .* below --epochs 2'),
-        ('fp16 without a GPU', lambda i: ('--amp', 'fp16'), '--amp fp16 needs a GPU'),
-        ('no images in a batch', lambda i: ('--batch_size', 0), '--batch_size must be at least 1'),
-        ('negative workers', lambda i: ('--num_workers', -1), '--num_workers must not be negative'),
-        ('resume of an absent file', lambda i: ('--resume', i.folder / 'absent.pth'), 'no checkpoint file'),
-        ('resume of bare weights', lambda i: ('--resume', i.folder / 'bare_teacher.pth'), 'cannot be resumed'),
-        ('resume of a truncated file', lambda i: ('--resume', i.folder / 'truncated.pth'), 'no whole checkpoint'),
-        ('resume of a pickle', lambda i: ('--resume', i.folder / 'mischief.pth'), r'refused: .*mkdir'),
-    )}
-
-
-@pytest.mark.parametrize('case', ERRORS)
-def test_a_wrong_input_is_refused_in_one_line_before_training(case, inputs, tmp_path, monkeypatch):
-    """README: what cannot work is said in one line before any training, and nothing is written."""
-    script, flags, message = ERRORS[case]
-    monkeypatch.setattr(script, 'train_one_epoch', lambda *_: pytest.fail('training began'))
-    with pytest.raises(models.InputError, match=message) as error:
-        run(script, tmp_path / 'out', '--data_path', inputs.data, *flags(inputs))
-    assert len(str(error.value).splitlines()) == 1
-    assert not (tmp_path / 'out').exists()
-    assert not (inputs.folder / 'mischief').exists()
-
-
-@BOTH
-@pytest.mark.parametrize('left', ['checkpoint.pth', 'previous.pth', 'log.txt', 'args.json'])
-def test_another_runs_folder_is_refused_and_left_as_it_is(script, left, inputs, tmp_path):
-    """README: a run is never overwritten by mistake."""
-    (tmp_path / left).write_bytes((inputs.chain / 'deit' / left).read_bytes())
-    before = contents(tmp_path)
-    with pytest.raises(models.InputError, match=f'holds another run .{left}.: .*--resume auto'):
-        run(script, tmp_path, '--data_path', inputs.data, '--teacher_path', inputs.mae)
-    assert contents(tmp_path) == before
-
-
-@pytest.mark.parametrize(('script', 'name', 'flags'), [(GENERIC, 'mae', ('--target', 'pixel')), (CLS, 'deit', ())],
-                         ids=['stage 1', 'classification'])
-def test_a_resume_from_elsewhere_does_not_overwrite_another_run(script, name, flags, inputs, tmp_path):
-    """README: --resume PATH may start a new folder or go on in its own, never in that of another run."""
-    shutil.copytree(inputs.chain / name, tmp_path, dirs_exist_ok=True)
-    before = contents(tmp_path)
-    flags = ('--data_path', inputs.data, '--lr', 1e-3, '--epochs', 3, *flags)
-    with pytest.raises(models.InputError, match='holds another run'):
-        run(script, tmp_path, *flags, '--resume', inputs.chain / name / 'checkpoint.pth')
-    assert contents(tmp_path) == before
-    run(script, tmp_path, *flags, '--resume', tmp_path / 'checkpoint.pth')
-    assert [line['epoch'] for line in log_of(tmp_path)] == [0, 1, 2]
-
-
-@pytest.mark.parametrize('damaged', ['truncated.pth', 'mischief.pth', 'encoder.pth'])
-def test_a_resume_that_fails_leaves_the_folder_as_it_is(damaged, inputs, tmp_path):
-    """README: a damaged checkpoint costs neither the log nor the other files of its run, where there is no other one."""
-    shutil.copytree(inputs.chain / 'mae', tmp_path, dirs_exist_ok=True)
-    (tmp_path / 'previous.pth').unlink()
-    shutil.copy(inputs.folder / damaged, tmp_path / 'checkpoint.pth')
-    before = contents(tmp_path)
-    with pytest.raises(models.InputError):
-        run(GENERIC, tmp_path, '--data_path', inputs.data, '--target', 'pixel', '--resume', 'auto', '--epochs', 3)
-    assert contents(tmp_path) == before
-
-
-def test_an_error_is_printed_as_one_line_without_a_traceback(inputs, tmp_path):
-    """README: the printed form of an error, and its exit status, for the one failure that users report most."""
-    process = start(GENERIC, tmp_path / 'out', '--data_path', inputs.data, '--teacher_path', inputs.folder / 'encoder.pth')
-    _, printed = process.communicate()
-    lines = printed.decode().splitlines()
-    assert process.returncode == 1
-    assert len(lines) == 1 and lines[0].startswith('error: ') and 'mae_pretrain_vit_base_full.pth' in lines[0]
-    assert not (tmp_path / 'out').exists()
-
-
-# ---------------------------------------------------------------------------------------------------- non-finite losses
-
-
-@BOTH
-@pytest.mark.parametrize('step', [0, 2, 5])
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(script, step, data, tmp_path, monkeypatch):
-    """Style: a failed run says where it failed; the epoch before it stays whole."""
-    name, flags = ('stage_losses', ('--target', 'pixel')) if script is GENERIC else ('distillation_loss', ())
-    compute, calls = getattr(script, name), []
-
-    def poisoned(*args, **kwargs):
-        losses = compute(*args, **kwargs)
-        calls.append(losses)
-        if len(calls) != 6 + step + 1:  # 6 steps an epoch
-            return losses
-        return {key: value * float('nan') for key, value in losses.items()} if script is GENERIC else losses * float('nan')
-
-    monkeypatch.setattr(script, name, poisoned)
-    parts = 'loss nan, loss_pixel nan' if script is GENERIC else 'loss nan'
-    with pytest.raises(FloatingPointError, match=f'epoch 2 step {step + 1}: {parts}, grad_norm') as error:
-        run(script, tmp_path, '--data_path', data, '--epochs', 3, *flags)
-    assert len(str(error.value).splitlines()) == 1
-    assert [line['epoch'] for line in log_of(tmp_path)] == [0]
-    checkpoint = checkpoint_of(tmp_path)
-    assert checkpoint['epoch'] == 0
-    assert all(value.isfinite().all() for value in checkpoint['model'].values())
-    written = {'args.json', 'checkpoint.pth', 'log.txt', *(['previous.pth'] if script is CLS else [])}
-    assert {path.name for path in tmp_path.iterdir()} == written  # of the training before an evaluation, one more
-
-
-def test_a_run_that_diverges_ends_with_an_error_status_and_the_parts_of_its_loss(data, chain, tmp_path, monkeypatch):
-    """Style: divergence by a learning rate, from the script's last lines: exit status, one line, checkpoint kept."""
-    shutil.copytree(chain / 'g2sd', tmp_path, dirs_exist_ok=True)
-    before = (tmp_path / 'checkpoint.pth').read_bytes()
-    flags = ('--data_path', data, '--teacher_path', chain / 'teacher/checkpoint.pth', '--finetune',
-             chain / 'feature/checkpoint.pth', '--resume', 'auto', '--epochs', 4, '--lr', 1e30)
-    monkeypatch.setattr(sys, 'argv', [CLS.__file__, *command(CLS, tmp_path, *flags)])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(CLS.__file__, run_name='__main__')
-    # sys.exit with a text: Python prints it and ends with status 1
-    parts = r'loss \S+, loss_class \S+, loss_distill \S+, grad_norm '
-    assert re.match(rf'error: not finite at epoch 3 step \d: {parts}', stop.value.code)
-    assert len(stop.value.code.splitlines()) == 1
-    assert (tmp_path / 'checkpoint.pth').read_bytes() == before
-    assert [line['epoch'] for line in log_of(tmp_path)] == [0, 1]
-
-
-# -------------------------------------------------------------------------------------------------------------- resume
-
-
-def stage_flags(script, data, chain):
-    """Everything random switched on: mask and crops, or mixup, RandAugment, erasing and stochastic depth."""
-    if script is GENERIC:
-        return '--data_path', data, '--lr', 1e-3, '--teacher_path', chain / 'mae/checkpoint.pth'
-    return ('--data_path', data, '--lr', 1e-3, '--teacher_path', chain / 'teacher/checkpoint.pth', '--drop_path', 0.1)
-
-
-@BOTH
-def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_stopped(script, data, chain, tmp_path, capsys):
-    """README, randomness: a resume is exact, and the number of data-loading workers changes nothing."""
-    flags = (*stage_flags(script, data, chain), '--epochs', 4)
-    run(script, tmp_path / 'whole', *flags, '--save_every', 1)
-    whole, half = checkpoint_of(tmp_path / 'whole'), checkpoint_of(tmp_path / 'whole', 'checkpoint-1.pth')
-    assert half['epoch'] == 1 and whole['epoch'] == 3
-    assert largest_difference(whole['model'], half['model']) > 1e-4
-    capsys.readouterr()
-    run(script, tmp_path / 'resumed', *flags, '--resume', tmp_path / 'whole/checkpoint-1.pth', '--num_workers', 2)
-    assert re.search('^resumed .*checkpoint-1.pth after epoch 2; .*num_workers is 2, was 0', capsys.readouterr().out, re.M)
-    assert_same_bits(checkpoint_of(tmp_path / 'resumed'), whole)
-    lines, resumed = log_of(tmp_path / 'whole'), log_of(tmp_path / 'resumed')
-    assert [line['epoch'] for line in lines] == [0, 1, 2, 3]
-    assert without_clock(resumed) == without_clock(lines[2:])
-    assert resumed[0]['train_seconds'] > lines[1]['train_seconds']  # counted on over the resume
-
-
-@BOTH
-def test_another_seed_gives_another_run(script, data, chain, tmp_path):
-    """README, randomness: the comparison of bits above would see a difference in the draws."""
-    weights = []
-    for seed in (0, 1):
-        run(script, tmp_path / str(seed), *stage_flags(script, data, chain), '--epochs', 1, '--warmup_epochs', 0,
-            '--seed', seed)
-        weights.append(checkpoint_of(tmp_path / str(seed))['model'])
-    assert largest_difference(*weights) > 1e-4
-
-
-def test_a_killed_run_resumes_to_the_bits_of_one_that_was_not_stopped(data, chain, tmp_path):
-    """README: after a kill, the same command with --resume auto goes on exactly."""
-    fcntl = pytest.importorskip('fcntl')
-    if not hasattr(fcntl, 'F_SETPIPE_SZ'):
-        pytest.skip('needs pipes whose size can be set, to stop the process in time')
-    flags = (*stage_flags(CLS, data, chain), '--epochs', 12)
-    process = start(CLS, tmp_path / 'killed', *flags, '--print_freq', 1)
-    # what 12 epochs print does not fit into the pipe: once we stop reading, the process cannot come to its end
-    fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)
-    for line in process.stdout:
-        if line.startswith(b'epoch 3/12 step 2/'):
-            break
-    process.kill()
-    process.communicate()
-    lines = (tmp_path / 'killed/log.txt').read_text().splitlines()
-    assert 2 <= len(lines) < 12
-    # the log is written first: a kill between the two files leaves a line too many, which is to be dropped
-    (tmp_path / 'killed/log.txt').write_text('\n'.join([*lines, '{"epoch": 11, "train_loss": 0.5}', '{"epoch": 1']))
-    run(CLS, tmp_path / 'killed', *flags, '--resume', 'auto')
-    run(CLS, tmp_path / 'whole', *flags)
-    assert_same_bits(checkpoint_of(tmp_path / 'killed'), checkpoint_of(tmp_path / 'whole'))
-    assert without_clock(log_of(tmp_path / 'killed')) == without_clock(log_of(tmp_path / 'whole'))
-
-
-@BOTH
-def test_resume_auto_starts_fresh_where_there_is_nothing(script, data, chain, tmp_path):
-    """README: --resume auto may stand in the first command, too."""
-    flags = (*stage_flags(script, data, chain), '--epochs', 1, '--warmup_epochs', 0)
-    run(script, tmp_path / 'auto', *flags, '--resume', 'auto')
-    run(script, tmp_path / 'plain', *flags)
-    assert_same_bits(checkpoint_of(tmp_path / 'auto'), checkpoint_of(tmp_path / 'plain'))
-
-
-@pytest.mark.parametrize(('script', 'name', 'flags'), [(GENERIC, 'mae', ('--target', 'pixel')), (CLS, 'deit', ())],
-                         ids=['stage 1', 'classification'])
-def test_resuming_a_finished_run_changes_nothing(script, name, flags, data, chain, tmp_path, monkeypatch):
-    """README: a reproduction that is started again passes over what is finished."""
-    shutil.copytree(chain / name, tmp_path, dirs_exist_ok=True)
-    monkeypatch.setattr(script, 'train_one_epoch', lambda *_: pytest.fail('training began'))
-    before = contents(tmp_path)
-    run(script, tmp_path, '--data_path', data, '--lr', 1e-3, *flags, '--resume', 'auto')
-    assert contents(tmp_path) == before
-
-
-def test_a_flag_changed_on_resume_is_used_as_printed(data, chain, tmp_path, capsys):
-    """README: a resume prints which arguments differ; what it prints is what trains."""
-    run(GENERIC, tmp_path, '--data_path', data, '--target', 'pixel', '--epochs', 3, '--lr', 2e-3, '--weight_decay', 0.3,
-        '--resume', chain / 'mae/checkpoint.pth')
-    printed = capsys.readouterr().out
-    assert 'lr is 0.002, was 0.001' in printed and 'weight_decay is 0.3, was 0.05' in printed
-    decays = {group['weight_decay'] for group in checkpoint_of(tmp_path)['optimizer']['param_groups']}
-    assert decays == {0.0, 0.3}
-    # the last step of 3 epochs of 6, the first of them warm-up: the cosine from the new rate to 0
-    assert log_of(tmp_path)[-1]['train_lr'] == pytest.approx(2e-3 * (1 + np.cos(np.pi * 11 / 12)) / 2, rel=1e-9)
-
-
-# ----------------------------------------------------------------------------------------------------------- processes
-
-
-# the commands share one process group: a second one would find the addresses of the first in torchrun's store
-LAUNCHER = """import json, pathlib, runpy, sys
-import torch.distributed as dist
-start, stop = dist.init_process_group, dist.destroy_process_group
-dist.init_process_group = lambda **options: dist.is_initialized() or start(**options)
-dist.destroy_process_group = lambda: None
-*most, last = json.loads(pathlib.Path(sys.argv[1]).read_text())
-for sys.argv in most:
-    runpy.run_path(sys.argv[0], run_name='__main__')
-dist.destroy_process_group = stop
-sys.argv = last
-runpy.run_path(sys.argv[0], run_name='__main__')
-assert not dist.is_initialized()
-"""
-
-
-@pytest.fixture(scope='session')
-def two_processes(data, chain, spoilt, tmp_path_factory):
-    """Several commands, one after the other, in one start of torchrun with two processes; the output folders."""
-    folder = tmp_path_factory.mktemp('two')
-    jobs = []
-    for script, name in ((GENERIC, 'stage 1'), (CLS, 'classification')):
-        flags = (*stage_flags(script, data, chain), '--epochs', 4, '--lr', 1e-4)
-        jobs += [(script, folder / name, *flags, '--save_every', 1),
-                 (script, folder / f'{name} resumed', *flags, '--resume', folder / name / 'checkpoint-1.pth')]
-    jobs += [(CLS, folder / 'none', '--data_path', data, '--eval', '--resume', folder / 'classification/checkpoint.pth'),
-             (GENERIC, folder / 'spoilt', '--data_path', spoilt.data, '--target', 'pixel', '--skip_bad_images',
-              '--batch_size', 4)]
-    (folder / 'launcher.py').write_text(LAUNCHER)
-    (folder / 'jobs.json').write_text(json.dumps([[job[0].__file__, *command(*job)] for job in jobs]))
-    process = subprocess.Popen(
-        [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--rdzv-backend=c10d',
-         '--rdzv-endpoint=localhost:0', str(folder / 'launcher.py'), str(folder / 'jobs.json')],
-        cwd=folder, env={**environment(), 'PYTHONPATH': str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True)
-    try:
-        printed, errors = process.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        process.terminate()  # torchrun ends its workers, too
-        pytest.fail(f'two processes wait for each other: {process.communicate()[1][-4000:]}')
-    assert process.returncode == 0, errors[-4000:]
-    return SimpleNamespace(folder=folder, printed=printed)
-
-
 def test_two_processes_and_accumulation_train_like_one_large_batch(data, chain, two_processes, tmp_path):
-    """README, randomness: stage 1 gives the same training on 1 x 16 and 2 x 8 samples, and on 8 accumulated twice."""
-    flags = (*stage_flags(GENERIC, data, chain), '--epochs', 4, '--lr', 1e-4)
-    run(GENERIC, tmp_path / 'large', *flags, '--batch_size', 16, '--save_every', 1)
-    run(GENERIC, tmp_path / 'accumulated', *flags, '--accum_iter', 2)
-    run(GENERIC, tmp_path / 'seed', *flags, '--batch_size', 16, '--seed', 1)
-    large = checkpoint_of(tmp_path / 'large')['model']
-    assert largest_difference(large, checkpoint_of(tmp_path / 'large', 'checkpoint-0.pth')['model']) > 2e-4
-    assert largest_difference(large, checkpoint_of(tmp_path / 'seed')['model']) > 2e-4
-    assert largest_difference(large, checkpoint_of(tmp_path / 'accumulated')['model']) < 1e-5
-    assert largest_difference(large, checkpoint_of(two_processes.folder / 'stage 1')['model']) < 1e-5
-    losses = [[line['train_loss'] for line in log_of(out)] for out in (tmp_path / 'large', two_processes.folder / 'stage 1')]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    """Stage 1 is the same training on 1 x 16 and 2 x 8 samples, and on 8 that are accumulated twice."""
+    flags = ('--teacher_path', chain.paths['mae'], '--lr 1e-4')
+    for name, more in (('large', '--batch_size 16'), ('accumulated', '--accum_iter 2'), ('seed', '--batch_size 16 --seed 1')):
+        train(GENERIC, data, tmp_path / name, *flags, more)
+    large, seed, accumulated = (
+        checkpoint_of(tmp_path / name)['model'] for name in ('large', 'seed', 'accumulated'))
+    assert largest_difference(large, seed) > 1e-2
+    assert largest_difference(large, accumulated) < 1e-5
+    assert largest_difference(large, checkpoint_of(two_processes / 'generic')['model']) < 1e-5
+    for ours, theirs in zip(log_of(tmp_path / 'large'), log_of(two_processes / 'generic'), strict=True):
+        assert ours['train_loss'] == pytest.approx(theirs['train_loss'], rel=1e-5)
 
 
-@pytest.mark.parametrize('stage', ['stage 1', 'classification'])
-def test_a_resume_on_two_processes_is_exact(stage, two_processes):
-    """README, randomness: a resume is exact on several processes, too."""
-    whole, resumed = two_processes.folder / stage, two_processes.folder / f'{stage} resumed'
-    assert checkpoint_of(whole)['args']['world_size'] == 2
-    assert largest_difference(checkpoint_of(whole)['model'], checkpoint_of(whole, 'checkpoint-1.pth')['model']) > 1e-4
-    assert_same_bits(checkpoint_of(resumed), checkpoint_of(whole))
-    assert without_clock(log_of(resumed)) == without_clock(log_of(whole)[2:])
-    assert not any(key.startswith('module.') for key in checkpoint_of(whole)['model'])
+def test_two_processes_evaluate_like_one(data, chain, two_processes, tmp_path):
+    """Every image is counted once; detections are gathered, confusion matrices and hits are summed."""
+    last = log_of(two_processes / 'cls')[-1]
+    alone = evaluate_alone(CLS, data, tmp_path, '--resume', two_processes / 'cls/checkpoint.pth')
+    assert last['test_loss'] == pytest.approx(alone.pop('test_loss'), rel=1e-6)
+    assert alone == {key: last[key] for key in alone} and alone['test_images'] == 12
+    ours, theirs = (json.loads(path.read_text()) for path in (two_processes / 'results.json', chain.paths['results']))
+    for key in ('image_id', 'category_id', 'segmentation'):
+        assert [entry[key] for entry in ours] == [entry[key] for entry in theirs]
+    mean = log_of(chain.folder / 'seg_teacher')[-1]['test_mIoU']
+    printed = (two_processes / 'seg.0.txt').read_text()
+    assert f'test: mIoU {mean:.2f} ' in printed and mean > 0
+    assert (two_processes / 'seg.1.txt').read_text() == 'came to its end'  # the first process alone prints
 
 
-def test_two_processes_evaluate_like_one(data, two_processes):
-    """Stage 2: every sample is counted exactly once on any number of processes."""
-    last = log_of(two_processes.folder / 'classification')[-1]
-    alone = run(CLS, two_processes.folder / 'none', '--data_path', data, '--eval', '--resume',
-                two_processes.folder / 'classification/checkpoint.pth')
-    assert (last['test_images'], last['test_acc1'], last['test_acc5']) == (10, alone['test_acc1'], alone['test_acc5'])
-    assert last['test_loss'] == pytest.approx(alone['test_loss'], rel=1e-6)
-    printed = [line for line in two_processes.printed.splitlines() if line.startswith('test: ')]
-    assert len(printed) == 4 + 2 + 1  # rank 0 alone prints: two runs and the evaluation
-    assert printed[-1] == f'test: top-1 {alone["test_acc1"]:.2f} % top-5 {alone["test_acc5"]:.2f} % of 10 images'
+# ---- data ----------------------------------------------------------------------------------------
 
-
-def test_two_processes_sum_their_unreadable_images(two_processes):
-    """README: the log counts the skipped images of all processes."""
-    assert [line['train_skipped_images'] for line in log_of(two_processes.folder / 'spoilt')] == [1, 1]
-
-
-@pytest.mark.parametrize('world_size', [1, 2, 4, 10])
-def test_every_validation_image_belongs_to_exactly_one_process(world_size, data, chain):
-    """Stage 2: 10 images on 4 processes are 10 images, and the processes' sums are those of one."""
-    model = models.create_vit('vit_pico_patch8', 3, 16)
-    model.load_state_dict(checkpoint_of(chain / 'deit')['model'])
-    args = parse(CLS, 'none', '--data_path', data, '--eval')
-    args.distributed, args.input_size, args.amp = False, [16, 16], 'off'
-    seen, hits, loss = [], 0, 0.0
-    for rank in range(world_size):
-        args.rank, args.world_size = rank, world_size
-        _, loader, classes = CLS.build_data(args)
-        seen += [index for _, index in loader.sampler]
-        stats = CLS.evaluate(model, loader, CLS.Progress(args, args.epochs), torch.device('cpu'), args)
-        hits += stats['test_acc1'] * stats['test_images'] / 100
-        loss += stats['test_loss'] * stats['test_images']
-    last = log_of(chain / 'deit')[-1]
-    assert sorted(seen) == list(range(10)) and classes == list(CLASSES)
-    assert hits == pytest.approx(last['test_acc1'] / 10, rel=1e-9)
-    assert loss == pytest.approx(10 * last['test_loss'], rel=1e-6)
-
-
-# --------------------------------------------------------------------------------------------------------------- chain
-
-# run -> (training terms in the log, entries that its network has, entries that it has not)
-PRODUCTS = {
-    'mae': ({'pixel'}, {'decoder_norm.weight', 'decoder_pred.weight', 'mask_token'}, {'feature_head.fc1.weight'}),
-    'feature': ({'feature'}, {'feature_head.fc2.weight', 'mask_token'}, {'decoder_norm.weight', 'decoder_pred.weight'}),
-    'masked': ({'feature'}, {'feature_head.fc2.weight'}, {'decoder_norm.weight', 'decoder_pred.weight'}),
-    'recon': ({'recon'}, {'feature_head.fc2.weight'}, {'decoder_norm.weight', 'decoder_pred.weight'}),
-    'recon_gt': ({'recon', 'pixel'}, {'feature_head.fc2.weight'}, {'decoder_norm.weight', 'decoder_pred.weight'}),
-    'teacher': (set(), {'fc_norm.weight', 'head.weight'}, {'norm.weight', 'dist_token', 'mask_token'}),
-    'no teacher': (set(), {'fc_norm.weight', 'head.weight'}, {'norm.weight', 'dist_token', 'mask_token'}),
-    'deit': (set(), {'norm.weight', 'head.weight'}, {'fc_norm.weight', 'dist_token', 'head_dist.weight'}),
-    'g2sd': ({'class', 'distill'}, {'dist_token', 'head_dist.weight', 'norm.weight'}, {'fc_norm.weight', 'mask_token'}),
-    'soft': ({'class', 'distill'}, {'dist_token', 'head_dist.weight', 'norm.weight'}, {'fc_norm.weight', 'mask_token'}),
-    'deit distilled': ({'class', 'distill'}, {'dist_token', 'head_dist.weight', 'norm.weight'}, {'fc_norm.weight'}),
+RNG = np.random.default_rng(0)
+COLOURS = RNG.integers(0, 256, (6, 9, 3)).astype(np.uint8)
+GREY = COLOURS[..., :1].repeat(3, axis=2)
+DEEP = np.linspace(0, 65535, 54).round().astype(np.uint16).reshape(6, 9)  # nearly all above 255
+PALETTE = Image.fromarray(COLOURS[..., 0] % 3)
+PALETTE.putpalette([255, 0, 0, 0, 255, 0, 7, 8, 9])
+INKS = np.dstack([COLOURS, np.zeros((6, 9), np.uint8)])  # without black: what is left of white
+IMAGES = {
+    # kind: image, format, the colours that were drawn
+    'colours': (Image.fromarray(COLOURS), 'PNG', COLOURS),
+    'grey': (Image.fromarray(COLOURS[..., 0]), 'PNG', GREY),
+    'transparent': (Image.fromarray(np.dstack([COLOURS, COLOURS[..., 0]])), 'PNG', COLOURS),
+    'palette': (PALETTE, 'PNG', np.array([[255, 0, 0], [0, 255, 0], [7, 8, 9]])[COLOURS[..., 0] % 3]),
+    'CMYK': (Image.fromarray(INKS, 'CMYK'), 'TIFF', 255 - COLOURS),
+    '16-bit grey': (Image.fromarray(DEEP), 'PNG', np.repeat(DEEP[..., None] / 257, 3, axis=2)),
+    '16-bit TIFF': (Image.fromarray(DEEP), 'TIFF', np.repeat(DEEP[..., None] / 257, 3, axis=2)),
 }
-STAGE_1 = ('mae', 'feature', 'masked', 'recon', 'recon_gt')
 
 
-@pytest.mark.parametrize('name', PRODUCTS)
-def test_each_kind_of_run_holds_its_network_and_logs_its_terms(name, chain):
-    """The stages and their files: the table of what the scripts make, the log's keys, and what a checkpoint holds."""
-    terms, has, has_not = PRODUCTS[name]
-    checkpoint = checkpoint_of(chain / name)
-    assert has <= set(checkpoint['model']) and not has_not & set(checkpoint['model'])
-    assert checkpoint['epoch'] == 1 and checkpoint['train_seconds'] > 0
-    assert checkpoint['classes'] == (None if name in STAGE_1 else list(CLASSES))
-    lines = log_of(chain / name)
-    assert [line['epoch'] for line in lines] == [0, 1]
-    for line in lines:
-        assert {key for key in line if key.startswith('train_loss')} == {'train_loss'} | {f'train_loss_{t}' for t in terms}
-        assert {'train_lr', 'train_seconds'} <= set(line)
-        assert {'test_acc1', 'test_acc5'} & set(line) == (set() if name in STAGE_1 else {'test_acc1', 'test_acc5'})
-        assert 'train_skipped_images' not in line
-    total = {1: lambda line: line[f'train_loss_{min(terms)}'], 2: lambda line: sum(line[f'train_loss_{t}'] for t in terms)}
-    if terms:
-        weight = 0.5 if 'distill' in terms else 1.0  # DeiT's halves; stage 1 adds its terms
-        assert lines[0]['train_loss'] == pytest.approx(weight * total[len(terms)](lines[0]), rel=1e-5)
+@pytest.mark.parametrize('kind', IMAGES)
+def test_any_kind_of_image_becomes_the_colours_that_were_drawn(kind, tmp_path):
+    """Any mode becomes RGB; 16 bits are scaled, where Pillow alone would clip them to white."""
+    image, suffix, expected = IMAGES[kind]
+    image.save(tmp_path / 'image', suffix)
+    assert np.abs(np.asarray(models.read_rgb(tmp_path / 'image')).astype(float) - expected).max() <= 1
 
 
-@pytest.mark.parametrize('name', PRODUCTS)
-def test_a_checkpoint_holds_tensors_and_plain_types_alone(name, chain):
-    """Checkpoints: a checkpoint opens with torch's weights-only default and nothing allowed besides."""
-    path = chain / name / 'checkpoint.pth'
-    assert torch.serialization.get_unsafe_globals_in_checkpoint(path) == []
-    checkpoint = torch.load(path, weights_only=True)
-    assert set(checkpoint) == {
-        'model', 'optimizer', 'scaler', 'epoch', 'step', 'progress', 'args', 'classes', 'train_seconds'}
-    plain = {torch.Tensor, str, int, float, bool, type(None)}
-    assert {type(value) for _, value in leaves(checkpoint)} <= plain
-    assert type(checkpoint['args']) is dict and type(checkpoint['model']) in (dict, collections.OrderedDict)
-    written = json.loads((chain / name / 'args.json').read_text())
-    assert written == checkpoint['args']
-    assert written['lr'] == 1e-3 and written['epochs'] == 2
-
-
-def test_the_feature_head_is_as_wide_as_what_it_predicts(chain):
-    """Stage 1: decoder width of the teacher, or the numbers of a patch, 8 * 8 * 3."""
-    widths = {name: len(checkpoint_of(chain / name)['model']['feature_head.fc2.weight'])
-              for name in ('feature', 'masked', 'recon', 'recon_gt')}
-    assert widths == {'feature': 32, 'masked': 32, 'recon': 192, 'recon_gt': 192}
-
-
-def test_classifiers_load_strictly_into_timm(chain):
-    """Stage 2: timm's naming, so that timm's own classes take our checkpoints with strict=True."""
-    size = {'img_size': 16, 'patch_size': 8, 'embed_dim': 32, 'depth': 2, 'num_heads': 2, 'num_classes': 3}
-    for name, network in (('deit', VisionTransformer(**size)), ('teacher', VisionTransformer(**size, global_pool='avg')),
-                          ('g2sd', VisionTransformerDistilled(**size))):
-        network.load_state_dict(checkpoint_of(chain / name)['model'], strict=True)
-
-
-@pytest.mark.parametrize('flags', [(), ('--distillation_type', 'none')], ids=['g2sd', 'no teacher'])
-def test_stage_2_starts_from_the_encoder_of_stage_1(flags, data, chain, tmp_path):
-    """The stages: the student's decoder is thrown away, the encoder starts the task model unchanged."""
-    run(CLS, tmp_path, '--data_path', data, '--finetune', chain / 'feature/checkpoint.pth', '--teacher_path',
-        chain / 'teacher/checkpoint.pth', '--epochs', 1, '--warmup_epochs', 0, '--lr', 0, '--min_lr', 0, *flags)
-    student, start_values = checkpoint_of(chain / 'feature')['model'], checkpoint_of(tmp_path)['model']
-    encoder = [key for key in student if key.startswith(('patch_embed.', 'cls_token', 'blocks.'))]
-    assert len(encoder) == 2 + 1 + 2 * 12
-    assert all(torch.equal(start_values[key], student[key]) for key in encoder)
-    patches = start_values['pos_embed'][:, 1 if flags else 2:]
-    assert torch.equal(patches, student['pos_embed'][:, 1:])
-
-
-def test_the_teacher_of_stage_1_decides_what_the_student_learns(data, chain, tmp_path):
-    """Stage 1: the target comes from the given teacher and block, and the mask reaches the loss."""
-    first = {}
-    changed = checkpoint_of(chain / 'mae')['model']
-    changed['blocks.0.mlp.fc1.weight'] = -changed['blocks.0.mlp.fc1.weight']
-    torch.save({'model': changed}, tmp_path / 'changed.pth')
-    for name, path, flags in (('same', chain / 'mae/checkpoint.pth', ()), ('teacher', tmp_path / 'changed.pth', ()),
-                              ('block', chain / 'mae/checkpoint.pth', ('--target_layer', 1)),
-                              ('ratio', chain / 'mae/checkpoint.pth', ('--mask_ratio', 0.5)),
-                              ('masked', chain / 'mae/checkpoint.pth', ('--supervise', 'masked'))):
-        run(GENERIC, tmp_path / name, '--data_path', data, '--teacher_path', path, '--epochs', 1, '--warmup_epochs', 0,
-            '--lr', 1e-3, *flags)
-        first[name] = log_of(tmp_path / name)[0]['train_loss']
-    assert len(set(first.values())) == len(first)
-
-
-@pytest.mark.parametrize('name', ['teacher', 'g2sd', 'deit', 'deit distilled'])
-def test_evaluation_alone_repeats_the_last_line_of_the_log(name, data, chain, tmp_path):
-    """README: --eval --resume CHECKPOINT gives the accuracy that training wrote, and writes nothing."""
-    stats = run(CLS, tmp_path / 'none', '--data_path', data, '--eval', '--resume', chain / name / 'checkpoint.pth')
-    last = log_of(chain / name)[-1]
-    assert stats == {key: last[key] for key in ('test_loss', 'test_acc1', 'test_acc5', 'test_images')}
-    assert last['test_images'] == 10 and last['test_acc5'] == 100.0  # 3 classes
-    assert not (tmp_path / 'none').exists()
-
-
-def test_evaluation_alone_takes_any_batch_size_and_one_split(data, chain, tmp_path):
-    """README: --eval reads val/ alone; nothing that only training needs is asked for."""
-    shutil.copytree(data / 'val', tmp_path / 'data/val')
-    stats = run(CLS, tmp_path / 'none', '--data_path', tmp_path / 'data', '--eval', '--batch_size', 3, '--resume',
-                chain / 'deit/checkpoint.pth')
-    assert stats['test_acc1'] == log_of(chain / 'deit')[-1]['test_acc1'] and stats['test_images'] == 10
-
-
-def test_evaluation_alone_takes_another_image_size(data, chain, tmp_path):
-    """README: position tables are resized, so a network is evaluated at another size than it was trained at."""
-    stats = run(CLS, tmp_path / 'none', '--data_path', data, '--eval', '--input_size', 32, '--resume',
-                chain / 'g2sd/checkpoint.pth')
-    assert stats['test_images'] == 10 and stats['test_loss'] != log_of(chain / 'g2sd')[-1]['test_loss']
-
-
-def test_eval_every_leaves_out_evaluations_but_never_the_first_or_the_last(data, tmp_path):
-    """The help of --eval_every: epochs between evaluations; the first and the last epoch always have one."""
-    run(CLS, tmp_path, '--data_path', data, '--epochs', 5, '--eval_every', 3)
-    assert ['test_acc1' in line for line in log_of(tmp_path)] == [True, False, True, False, True]
-
-
-# ------------------------------------------------------------------------------------------------------------- recipes
-
-
-@pytest.mark.parametrize(('flags', 'expected'), [
-    (('--finetune', 'x.pth'), (200, 5, 1e-3, 1e-6, 0.75)),
-    ((), (500, 5, 2.5e-4, 1e-6, 1.0)),
-    (('--finetune', 'x.pth', '--teacher_path', 'y.pth'), (200, 5, 1e-3, 1e-6, 0.75)),
-    (('--teacher_path', 'y.pth'), (500, 5, 2.5e-4, 1e-6, 1.0)),
-    (('--finetune', 'x.pth', '--epochs', '100', '--blr', '5e-4', '--layer_decay', '0.65'), (100, 5, 5e-4, 1e-6, 0.65)),
-    (('--epochs', '300'), (300, 5, 2.5e-4, 1e-6, 1.0)),
-])
-def test_finetune_chooses_the_column_of_table_1(flags, expected):
-    """Supplement Table 1: fine-tuning or from scratch; a flag given by hand wins."""
-    args = CLS.get_args_parser().parse_args(flags)
-    CLS.resolve_recipe(args)
-    assert (args.epochs, args.warmup_epochs, args.blr, args.min_lr, args.layer_decay) == expected
-
-
-@pytest.mark.parametrize(('flags', 'expected'), [
-    ((), (300, 10, 1.5e-4, 2.5e-6)),
-    (('--target', 'recon_gt'), (300, 10, 1.5e-4, 2.5e-6)),
-    (('--target', 'pixel'), (800, 40, 1.5e-4, 0.0)),
-    (('--target', 'pixel', '--epochs', '400', '--min_lr', '1e-6', '--warmup_epochs', '0'), (400, 0, 1.5e-4, 1e-6)),
-])
-def test_the_target_chooses_the_recipe_of_stage_1(flags, expected):
-    """Supplement 1.1 for distillation, MAE's pre-training for pixels; a flag given by hand wins, 0 too."""
-    args = GENERIC.get_args_parser().parse_args(flags)
-    GENERIC.resolve_recipe(args)
-    assert (args.epochs, args.warmup_epochs, args.blr, args.min_lr) == expected
-
-
-@pytest.mark.parametrize(('flags', 'pooled'), [
-    ((), False), (('--finetune', 'x'), True), (('--finetune', 'x', '--teacher_path', 'y'), False),
-    (('--teacher_path', 'y'), False), (('--global_pool',), True), (('--finetune', 'x', '--no-global_pool'), False),
-    (('--finetune', 'x', '--teacher_path', 'y', '--distillation_type', 'none'), True),
-])
-def test_global_pooling_is_the_default_of_fine_tuning_without_a_teacher(flags, pooled):
-    """Stage 2: mean of the patch tokens with --finetune, class token from scratch and with a teacher."""
-    args = CLS.get_args_parser().parse_args(flags)
-    CLS.resolve_recipe(args)
-    assert args.global_pool is pooled
-
-
-@BOTH
-def test_learning_rate_follows_the_effective_batch(script, capsys):
-    """Style: lr = blr * batch_size * accum_iter * world_size / 256, and --lr overrides it."""
-    paper = script.PAPER_BATCH
-    args = parse(script, 'none', '--batch_size', 64, '--accum_iter', 3, '--blr', 1e-3)
-    args.world_size = 4
-    script.scale_lr(args, paper, args.blr)
-    assert args.lr == pytest.approx(1e-3 * 64 * 3 * 4 / 256, rel=1e-12)
-    assert f'not the paper\'s {paper}' in capsys.readouterr().out
-    args = parse(script, 'none', '--lr', 0, '--batch_size', paper // 8, '--blr', 1e-3)
-    args.world_size = 8
-    script.scale_lr(args, paper, args.blr)
-    assert args.lr == 0
-    assert 'the paper\'s' not in capsys.readouterr().out
-
-
-@BOTH
-def test_learning_rate_warms_up_and_ends_near_the_minimum(script, data, chain, tmp_path):
-    """Both recipes: linear warm-up, then a cosine to min_lr, set before each update."""
-    run(script, tmp_path, *stage_flags(script, data, chain), '--epochs', 4, '--min_lr', 1e-4)
-    step = np.arange(24) / 6
-    cosine = 1e-4 + (1e-3 - 1e-4) * (1 + np.cos(np.pi * (step - 1) / 3)) / 2
-    expected = np.where(step < 1, 1e-3 * step, cosine)[5::6]  # the log holds each epoch's last one
-    assert [line['train_lr'] for line in log_of(tmp_path)] == pytest.approx(list(expected), rel=1e-9)
-
-
-# ---------------------------------------------------------------------------------------------------------------- data
-
-
-@pytest.fixture(scope='session')
-def spoilt(tmp_path_factory):
-    """A data set with one unreadable image in train/ and one in val/."""
-    folder = tmp_path_factory.mktemp('spoilt')
-    draw_classes(folder / 'train', CLASSES, (8, 8, 8))
-    draw_classes(folder / 'val', CLASSES, (4, 3, 3))
-    bad = {split: folder / split / 'bee/01.png' for split in ('train', 'val')}
-    for path in bad.values():
-        path.write_bytes(path.read_bytes()[:100])
-    return SimpleNamespace(data=folder, **bad)
-
-
-def named(text):
-    """Stage 1 reads all below a folder as the class '.', which shows in the paths it prints."""
-    return text.replace('/./', '/')
-
-
-@BOTH
-def test_an_unreadable_image_stops_the_run_and_is_named(script, spoilt, tmp_path):
-    """README, one bad file: the run stops and names it."""
-    flags = ('--target', 'pixel') if script is GENERIC else ()
-    with pytest.raises(models.InputError) as error:
-        run(script, tmp_path, '--data_path', spoilt.data, *flags)
-    assert re.match(f'cannot read {re.escape(str(spoilt.train))} .*--skip_bad_images', named(str(error.value)))
-    assert len(str(error.value).splitlines()) == 1
-    assert not (tmp_path / 'checkpoint.pth').exists()
-
-
-@BOTH
-@pytest.mark.parametrize('workers', [0, 1])
-def test_an_unreadable_image_is_skipped_named_once_and_counted(script, workers, spoilt, tmp_path, capsys):
-    """README, one bad file: with --skip_bad_images it is named once, counted in the log, and the next takes its place."""
-    flags = ('--target', 'pixel') if script is GENERIC else ()
-    run(script, tmp_path, '--data_path', spoilt.data, '--skip_bad_images', '--num_workers', workers, *flags)
-    lines = log_of(tmp_path)
-    assert [line['train_skipped_images'] for line in lines] == [1, 1]
-    printed = named(capsys.readouterr().out)
-    assert printed.count(str(spoilt.train)) == 1
-    if script is CLS:
-        assert [line['test_images'] for line in lines] == [9, 9]
-        assert printed.count(str(spoilt.val)) == 1
-
-
-def test_evaluation_alone_skips_an_unreadable_image(spoilt, chain, tmp_path, capsys):
-    """README, one bad file: --eval treats it like training does; it is left out of the accuracy."""
-    flags = ('--data_path', spoilt.data, '--eval', '--resume', chain / 'deit/checkpoint.pth')
-    with pytest.raises(models.InputError, match=re.escape(str(spoilt.val))):
-        run(CLS, tmp_path / 'none', *flags)
-    assert run(CLS, tmp_path / 'none', *flags, '--skip_bad_images')['test_images'] == 9
-    assert capsys.readouterr().out.count(f'skipped: {spoilt.val}') == 1
-
-
-@pytest.mark.parametrize('workers', [0, 1])
-def test_a_lost_disk_ends_the_run_in_one_line(workers, tmp_path, monkeypatch):
-    """README, one bad file: --skip_bad_images does not pass over everything, and a data worker's error is one line, too."""
-    for i in range(8):
-        (tmp_path / f'{i}.png').write_bytes(b'no image')
-    flags = ('--data_path', tmp_path, '--target', 'pixel', '--skip_bad_images', '--num_workers', workers)
-    monkeypatch.setattr(sys, 'argv', [GENERIC.__file__, *command(GENERIC, tmp_path / 'out', *flags)])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(GENERIC.__file__, run_name='__main__')
-    assert re.match('error: .*100 unreadable images in a row', stop.value.code)
-    assert len(stop.value.code.splitlines()) == 1
-    assert not (tmp_path / 'out/checkpoint.pth').exists()
-
-
-def test_evaluation_of_unreadable_images_gives_no_number(data, chain, tmp_path):
-    """Stage 2: an accuracy over no image is an error, not a number."""
-    shutil.copytree(data, tmp_path / 'data')
-    for path in (tmp_path / 'data/val').rglob('*.png'):
-        path.write_bytes(b'no image')
-    with pytest.raises(models.InputError, match='unreadable|no validation image'):
-        run(CLS, tmp_path / 'none', '--data_path', tmp_path / 'data', '--eval', '--skip_bad_images', '--resume',
-            chain / 'deit/checkpoint.pth')
-
-
-def test_stage_1_reads_labelled_and_flat_folders(data, tmp_path):
-    """README, one bad file: stage 1 takes a flat folder, a folder of classes, or one that holds train/."""
-    for i in range(16):
-        draw(tmp_path / f'flat/{i:02}.png', seed=i)
-    shutil.copytree(tmp_path / 'flat', tmp_path / 'split/train')
-    draw(tmp_path / 'split/val/0.png')
-    args = parse(GENERIC, 'none')
-    args.rank, args.world_size, args.input_size = 0, 1, [16, 16]
-    for folder, count in ((data, 48), (data / 'train', 48), (tmp_path / 'flat', 16), (tmp_path / 'split', 16)):
-        args.data_path = str(folder)
-        assert len(GENERIC.build_data(args, 4).dataset) == count
-    run(GENERIC, tmp_path / 'out', '--data_path', tmp_path / 'flat', '--target', 'pixel')
-    assert len(log_of(tmp_path / 'out')) == 2
-
-
-@BOTH
+@EPOCH_SCRIPTS
 def test_an_image_that_is_not_square_trains(script, data, chain, tmp_path):
-    """Stage 1: non-square and any size divisible by the patch works; a teacher's positions are resized."""
-    flags = ('--epochs', 1, '--warmup_epochs', 0, '--input_size', 16, 24)
-    run(script, tmp_path, *stage_flags(script, data, chain), *flags)
-    checkpoint = checkpoint_of(tmp_path)
+    """Position tables of the teacher are resized; the next stage reads the grid from the checkpoint."""
+    teacher = chain.paths['mae' if script is GENERIC else 'teacher']
+    train(script, data, tmp_path / 'a', '--teacher_path', teacher, '--input_size 16 24')
+    checkpoint = checkpoint_of(tmp_path / 'a')
     assert checkpoint['model']['pos_embed'].shape == (1, (1 if script is GENERIC else 2) + 2 * 3, 32)
-    assert checkpoint['args']['input_size'] == [16, 24]
+    train(CLS, data, tmp_path / 'b', '--finetune', tmp_path / 'a/checkpoint.pth', '--input_size 24 16')
+    assert math.isfinite(log_of(tmp_path / 'b')[-1]['train_loss'])
 
 
-@BOTH
-def test_grey_palette_and_transparent_images_are_read(script, tmp_path):
-    """README: images of any colour mode that Pillow reads."""
-    for split in ('train', 'val'):
-        draw_classes(tmp_path / split, CLASSES, (8, 8, 8))
-        for mode, path in zip(('L', 'P', 'RGBA', 'LA', '1', 'CMYK'), sorted((tmp_path / split).rglob('*.png'))):
-            with Image.open(path) as image:
-                image.convert(mode).save(path, format='JPEG' if mode == 'CMYK' else 'PNG')
-    flags = ('--target', 'pixel') if script is GENERIC else ()
-    run(script, tmp_path / 'out', '--data_path', tmp_path, '--epochs', 1, '--warmup_epochs', 0, *flags)
-    assert np.isfinite(log_of(tmp_path / 'out')[0]['train_loss'])
-
-
-@BOTH
-def test_cifar_trains_as_torchvision_stores_it(script, tmp_path, monkeypatch):
-    """README, one bad file: --data_set CIFAR10 besides the default folder."""
-    import pickle
-
-    import torchvision
-    folder = tmp_path / torchvision.datasets.CIFAR10.base_folder
+@EPOCH_SCRIPTS
+def test_cifar_trains_as_torchvision_stores_it(script, data, tmp_path, monkeypatch):
+    cifar = torchvision.datasets.CIFAR10
+    folder = tmp_path / cifar.base_folder
     folder.mkdir()
-    rng = np.random.default_rng(0)
-    names = [name for name, _ in torchvision.datasets.CIFAR10.train_list + torchvision.datasets.CIFAR10.test_list]
-    for name in names:
-        batch = {'data': rng.integers(0, 256, (10, 3072), dtype=np.uint8), 'labels': list(range(10))}
-        (folder / name).write_bytes(pickle.dumps(batch))
-    meta = torchvision.datasets.CIFAR10.meta
-    (folder / meta['filename']).write_bytes(pickle.dumps({meta['key']: [f'class {i}' for i in range(10)]}))
-    monkeypatch.setattr(torchvision.datasets.cifar, 'check_integrity', lambda *_: True)  # drawn, so not the known hashes
-    flags = ('--target', 'pixel') if script is GENERIC else ()
-    run(script, tmp_path / 'out', '--data_path', tmp_path, '--data_set', 'CIFAR10', '--input_size', 32, *flags)
+    for name, _ in cifar.train_list + cifar.test_list:
+        pixels = RNG.integers(0, 256, (10, 3072), dtype=np.uint8)
+        (folder / name).write_bytes(pickle.dumps({'data': pixels, 'labels': list(range(10))}))
+    names = [f'class {number}' for number in range(10)]
+    (folder / cifar.meta['filename']).write_bytes(pickle.dumps({cifar.meta['key']: names}))
+    monkeypatch.setattr(torchvision.datasets.cifar, 'check_integrity', lambda *_: True)  # drawn: other hashes
+    flags = ('--data_path', tmp_path, '--data_set CIFAR10 --input_size 32')
+    train(script, data, tmp_path / 'out', PLAIN[script], *flags)
     assert len(log_of(tmp_path / 'out')) == 2
     if script is CLS:
-        assert checkpoint_of(tmp_path / 'out')['classes'] == [f'class {i}' for i in range(10)]
+        assert checkpoint_of(tmp_path / 'out')['classes'] == names
         assert log_of(tmp_path / 'out')[-1]['test_images'] == 10
 
 
-@BOTH
-def test_bf16_trains_on_a_cpu(script, data, chain, tmp_path):
-    """README: --amp bf16 works without a GPU; its loss is the full-precision one to bf16's accuracy."""
-    losses = {}
+# ---- speed ---------------------------------------------------------------------------------------
+
+
+@EVERY_SCRIPT
+def test_bf16_trains_on_a_cpu(script, data, tmp_path):
+    """--amp bf16: the loss is that of full precision to bf16's accuracy."""
+    losses = []
     for amp in ('bf16', 'off'):
-        run(script, tmp_path / amp, *stage_flags(script, data, chain), '--epochs', 1, '--warmup_epochs', 0, '--amp', amp,
-            '--lr', 1e-5)
-        losses[amp] = log_of(tmp_path / amp)[0]['train_loss']
-        assert checkpoint_of(tmp_path / amp)['args']['amp'] == amp
-    assert losses['bf16'] != losses['off']
-    assert losses['bf16'] == pytest.approx(losses['off'], rel=0.02)
+        train(script, data, tmp_path / amp, PLAIN[script], '--lr 1e-6 --amp', amp)
+        losses.append(log_of(tmp_path / amp)[0]['train_loss'])
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.03)
 
 
-def test_classification_trains_without_mixup_on_an_odd_batch(data, tmp_path):
-    """The error for an odd batch names the way out: --mixup 0 --cutmix 0."""
-    run(CLS, tmp_path, '--data_path', data, '--batch_size', 7, '--mixup', 0, '--cutmix', 0, '--aa', 'none', '--reprob', 0)
-    assert len(log_of(tmp_path)) == 2
+class Waits(TorchDispatchMode):
+    """Counts the operations for which the host waits for the device's numbers."""
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aten, packet = torch.ops.aten, func.overloadpacket
+        masked = packet is aten.index and any(index is not None and index.dtype == torch.bool for index in args[1])
+        self.count += masked or packet in (aten._local_scalar_dense, aten.nonzero, aten.is_nonzero, aten.equal)
+        return func(*args, **(kwargs or {}))
 
 
-def test_a_machine_without_git_and_an_output_path_that_is_a_file(data, tmp_path, monkeypatch, capsys):
-    """`make demo` asks for Python and make only; a file in the place of the output folder is refused in one line."""
-    monkeypatch.setenv('PATH', str(tmp_path))
-    GENERIC.start_run(parse(GENERIC, tmp_path / 'out', '--data_path', data))
-    assert 'commit unknown' in capsys.readouterr().out
-    (tmp_path / 'file').write_text('mine')
-    with pytest.raises(models.InputError, match='is a file'):
-        GENERIC.start_run(parse(GENERIC, tmp_path / 'file', '--data_path', data))
+@pytest.mark.parametrize('name', ['masked', 'recon_gt', 'g2sd', 'seg'])
+def test_no_step_waits_for_the_device_between_printed_lines(name, data, chain, tmp_path, monkeypatch):
+    """Sums stay on the device: more steps between two lines, no more waits."""
+    script, flags, *_ = RUNS[name]
+    train_one_epoch, counts = script.train_one_epoch, []
+
+    def counted(model, teacher, loader, *rest):
+        batch = next(iter(loader))
+        for steps in (2, 5):  # both print after the first and the last
+            with Waits() as waits:
+                train_one_epoch(model, teacher, [batch] * steps, *rest)
+            counts.append(waits.count)
+        pytest.exit('counted')
+
+    monkeypatch.setattr(script, 'train_one_epoch', counted)
+    monkeypatch.setattr(script, 'stop_requested', lambda args: False)  # reads a flag on the CPU
+    with pytest.raises(pytest.exit.Exception):
+        train(script, data, tmp_path, flags.format(**chain.paths))
+    assert counts[0] == counts[1] > 0
 
 
-def test_samples_and_steps_draw_from_different_streams():
-    """README, randomness: a step's mixup is no copy of a sample's augmentation, although both keys may share numbers."""
-    def draw_from(*key):
-        models.seed_everything(*key)
-        return torch.rand(3).tolist()
-    assert draw_from(0, 3, 5, models.SAMPLE) != draw_from(0, 3, 5, 0, models.STEP) != draw_from(0, models.START)
-    assert draw_from(0, 3, 5, models.SAMPLE) == draw_from(0, 3, 5, models.SAMPLE)
+def test_compiled_networks_learn_the_same_and_keep_their_names(data, chain, tmp_path, monkeypatch):
+    """--compile: equal up to rounding, both networks; the checkpoint can be used without the flag."""
+    graphs, compile_ = [], torch.compile
 
+    def backend(graph, inputs):
+        graphs.append(torch.is_grad_enabled())
+        return graph.forward
 
-def test_evaluation_alone_reads_the_authors_layout_of_a_distilled_classifier(chain, data, tmp_path):
-    """README, differences: the authors' positions lack a row for the distillation token; their file evaluates like ours."""
-    checkpoint = checkpoint_of(chain / 'g2sd')
-    positions = checkpoint['model']['pos_embed']
-    checkpoint['model']['pos_embed'][:, 1] = 0
-    torch.save({'model': checkpoint['model']}, tmp_path / 'ours.pth')
-    torch.save({'model': {**checkpoint['model'], 'pos_embed': torch.cat([positions[:, :1], positions[:, 2:]], dim=1)}},
-               tmp_path / 'theirs.pth')
-    ours, theirs = (run(CLS, tmp_path / 'out', '--data_path', data, '--eval', '--resume', tmp_path / name)
-                    for name in ('ours.pth', 'theirs.pth'))
-    assert ours == theirs
+    monkeypatch.setattr(torch, 'compile', lambda *args, **options: compile_(*args, **{**options, 'backend': backend}))
+    for flags in ('', '--compile'):
+        train(GENERIC, data, tmp_path / flags, '--teacher_path', chain.paths['mae'], flags)
+    assert set(graphs) == {True, False}  # the student's with gradients, the teacher's without
+    plain, compiled = (checkpoint_of(tmp_path / flags)['model'] for flags in ('', '--compile'))
+    assert list(plain) == list(compiled) and largest_difference(plain, compiled) < 1e-4

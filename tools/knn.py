@@ -1,10 +1,10 @@
-"""k-NN accuracy of encoders on a labelled folder: whether stage 1 makes progress, before any training on labels.
+"""k-NN accuracy of encoders on a labelled folder: whether stage 1 makes progress, without training.
 
-Reads:  --checkpoint   one or more of generic_distill.py, for example all that --save_every kept; or other encoders, as
-                       --finetune takes them (give their --model then)
-        --data_path    train/CLASS/ and val/CLASS/, as for classification; images are prepared as in its evaluation
-Run:    python tools/knn.py --data_path IMAGENET --per_class 100 --checkpoint runs/generic/checkpoint-*.pth
-Prints a line per checkpoint, in the order of their epochs. It is a trend to watch, not a result of the paper.
+Reads:  --checkpoint   one or more of generic_distill.py, e.g. all that --save_every kept; or other
+                       encoders, as --finetune takes them (with --model)
+        --data_path    train/CLASS/ and val/CLASS/; images are prepared as in stage 2's evaluation
+Run:    python tools/knn.py --data_path IMAGENET --per_class 100 --checkpoint runs/checkpoint-*.pth
+Prints a line per checkpoint, in the order of their epochs: a trend to watch, not a result.
 """
 import argparse
 import re
@@ -21,25 +21,27 @@ import models
 import specific_distill_cls
 
 
-def load_encoder(path, model_name=None, input_size=None):
-    """Checkpoint -> (encoder in eval mode, (height, width), epochs of training or None). Raises InputError.
+def load_encoder(path, name=None, input_size=None):
+    """Checkpoint -> (encoder in eval mode, (height, width), its epoch or None).
 
-    model_name and input_size (one side, or two) override the checkpoint's own arguments.
+    name and input_size override the checkpoint's own.
     """
     checkpoint = models.read_checkpoint(path)
-    checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
-    stored = models.stored_args(checkpoint)
-    name, size = model_name or stored.get('model'), ((input_size or stored.get('input_size', [224])) * 2)[:2]
+    trained = models.own_args(checkpoint)
+    name = name or trained.get('model')
     if name is None:
-        raise models.InputError(f'{path} does not name its network: give --model, for example vit_base_patch16')
-    model = models.create_vit(re.sub('^mae_|_dec.*', '', name), 0, size)
+        raise SystemExit(f'{path} does not name its network: give --model, e.g. vit_base_patch16')
+    name = re.sub('^mae_|_dec.*', '', name)
+    size = models.check_img_size(input_size or trained.get('input_size', 224),
+                                 models.parse_name(name).patch)
+    model = models.create_vit(name, 0, size)
     models.load_pretrained(model, path)
-    return model.eval(), size, checkpoint['epoch'] + 1 if isinstance(checkpoint.get('epoch'), int) else None
+    return model.eval(), size, checkpoint.get('epoch')
 
 
 @torch.no_grad()
 def encode(model, dataset, args):
-    """(mean patch token of every image, of unit length, (N, D) float32; labels (N,)), both on --device."""
+    """(mean patch token of every image, of unit length, (N, D); labels (N,)) on --device."""
     features, labels = [], []
     for images, part in DataLoader(dataset, args.batch_size, num_workers=args.num_workers):
         tokens = model.forward_features(models.normalise(images.to(args.device)))
@@ -49,9 +51,10 @@ def encode(model, dataset, args):
 
 
 def knn_accuracy(train, train_labels, test, test_labels, k=20, tau=0.07):
-    """Percent of test features (M, D) whose k nearest of train (N, D), both of unit length, vote for the right label.
+    """Percent of test features (M, D) whose k nearest of train (N, D) vote for the right label.
 
-    A neighbour's vote weighs exp(cosine / tau) (Wu et al., CVPR 2018; k and tau as DINO has them). Labels from 0.
+    All have unit length. A neighbour's vote weighs exp(cosine / tau) (Wu et al., CVPR 2018; k and
+    tau as in DINO). Labels from 0.
     """
     right, classes = 0, int(train_labels.max()) + 1
     for part, labels in zip(test.split(1000), test_labels.split(1000)):
@@ -63,51 +66,50 @@ def knn_accuracy(train, train_labels, test, test_labels, k=20, tau=0.07):
 
 
 def first_of_each(targets, count):
-    """Indices of the first `count` samples of every class."""
+    """Indices of the first `count` samples of every class, or of all."""
     targets = np.array(targets)
-    return np.sort(np.concatenate([np.flatnonzero(targets == label)[:count] for label in np.unique(targets)])).tolist()
+    groups = [np.flatnonzero(targets == label)[:count] for label in np.unique(targets)]
+    return np.sort(np.concatenate(groups)).tolist()
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description='k-NN accuracy of encoders on a labelled folder', allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('--checkpoint', required=True, nargs='+', help='checkpoints, paths or https URLs')
-    parser.add_argument('--data_path', required=True, help='folder with train/CLASS/ and val/CLASS/')
-    parser.add_argument('--per_class', type=int, help='training images of each class to compare with, the first ones; all '
-                                                      'unless given')
+    parser = argparse.ArgumentParser(
+        description='k-NN accuracy of encoders on a labelled folder', allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('--checkpoint', required=True, nargs='+', help='paths or https URLs')
+    parser.add_argument('--data_path', required=True, help='with train/CLASS/ and val/CLASS/')
+    parser.add_argument('--per_class', type=int,
+                        help='the first training images of each class; all unless given')
     parser.add_argument('--k', type=int, default=20, help='neighbours that vote')
     parser.add_argument('--model', help='name of the network, for files that do not hold it')
     parser.add_argument('--input_size', type=int, nargs='+',
-                        help='pixels: one side, or height and width; as the checkpoint says, else 224')
+                        help='pixels, one side or two; as the checkpoint says, else 224')
     parser.add_argument('--batch_size', type=int, default=64, help='images at a time')
-    parser.add_argument('--num_workers', type=int, default=0, help='data-loading processes')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='cuda or cpu')
+    parser.add_argument('--num_workers', type=int, default=0, help='data workers')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
+                        help='cuda or cpu')
     return parser
 
 
 def main(args):
-    if args.k < 1 or args.batch_size < 1 or (args.per_class is not None and args.per_class < 1):
-        raise models.InputError('--k, --batch_size and --per_class must be at least 1')
     args.data_set = 'folder'
     train, val = (specific_distill_cls.open_dataset(args, split) for split in ('train', 'val'))
     if train.classes != val.classes:
-        raise models.InputError(f'{args.data_path}: train/ and val/ hold different classes')
+        raise SystemExit(f'{args.data_path}: train/ and val/ hold different classes')
     chosen = Subset(train, first_of_each(train.targets, args.per_class))
     lines = []
     for path in args.checkpoint:
         model, size, epoch = load_encoder(path, args.model, args.input_size)
-        train.transform = val.transform = specific_distill_cls.build_transform(argparse.Namespace(input_size=size), False)
-        model = model.to(args.device)
+        transform = specific_distill_cls.build_transform(argparse.Namespace(input_size=size), False)
+        train.transform = val.transform = transform
+        model.to(args.device)
         accuracy = knn_accuracy(*encode(model, chosen, args), *encode(model, val, args), args.k)
-        lines.append((epoch or 0, f'epoch {epoch or "unknown"}: k-NN top-1 {accuracy:.2f} %  {path}'))
-    for _, line in sorted(lines, key=lambda entry: entry[0]):
-        print(line)
-    print(f'{args.k} neighbours among {len(chosen)} training images, {len(val)} test images, {len(val.classes)} classes: '
-          f'chance is {100 / len(val.classes):.2f} %')
+        lines.append((-1 if epoch is None else epoch, accuracy, path))
+    for epoch, accuracy, path in sorted(lines, key=lambda line: line[0]):
+        print(f'epoch {"unknown" if epoch < 0 else epoch}: k-NN top-1 {accuracy:.2f} %  {path}')
+    print(f'{args.k} neighbours among {len(chosen)} training images, {len(val)} test images, '
+          f'{len(val.classes)} classes: chance is {100 / len(val.classes):.2f} %')
 
 
 if __name__ == '__main__':
-    try:
-        main(get_args_parser().parse_args())
-    except models.InputError as error:
-        sys.exit(f'error: {error}')
+    main(get_args_parser().parse_args())
