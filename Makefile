@@ -260,7 +260,8 @@ lint: .venv/installed  ## mistakes only: unused names, shadowing, common bugs
 BENCH_ARGS ?=
 # $(1): stage, $(2): what makes it small enough for a CPU, on all of whose cores it runs
 bench = $(if $(filter cpu,$(DEVICE)),OMP_NUM_THREADS=$(shell nproc)) $(PYTHON) tools/benchmark.py \
-	--stage $(1) --json $(OUT)/bench.json --device $(DEVICE) $(if $(filter cpu,$(DEVICE)),$(2))
+	--stage $(1) --json $(OUT)/bench.json --device $(DEVICE) \
+	$(if $(filter cpu,$(DEVICE)),--num_workers 0 --warmup 1 $(2))
 bench:  ## speed and memory of every stage, a line of JSON each; BENCH_ARGS="--compile"
 	@mkdir -p $(OUT)
 	$(call bench,generic,--batch_size 16 --accum_iter 1 --steps 2) $(BENCH_ARGS)

@@ -1,13 +1,13 @@
 """Stage 1, generic distillation: a small MAE learns the hidden features of a large MAE's decoder.
 
-Paper:   G2SD (Huang, Peng et al., CVPR 2023, arXiv 2302.14771), generic distillation, Tables 4 and 5
+Paper:   G2SD (Huang, Peng et al., CVPR 2023, arXiv 2302.14771), generic distillation, Tables 4, 5
 Reads:   --data_path   folder of images, or one with `train` in it; no labels are used
          --teacher_path   a complete MAE with its decoder, e.g. mae_pretrain_vit_base_full.pth
 8 GPUs:  torchrun --nproc_per_node=8 generic_distill.py --data_path IMAGENET \
          --teacher_path mae_pretrain_vit_base_full.pth
 CPU:     python tools/toy_data.py --out toy --only imagenet
-         python generic_distill.py --data_path toy/imagenet --target pixel --model mae_vit_nano_patch8 \
-         --input_size 48 --batch_size 64 --accum_iter 1 --epochs 4 --warmup_epochs 1
+         python generic_distill.py --data_path toy/imagenet --target pixel --input_size 48 \
+         --model mae_vit_nano_patch8 --batch_size 64 --accum_iter 1 --epochs 4 --warmup_epochs 1
 Writes:  output_dir/checkpoint.pth (for --finetune of stage 2), log.txt (JSON per epoch), args.json
 `--target pixel` is MAE itself, without a teacher: that is how a teacher for your own data is made.
 """
@@ -50,19 +50,21 @@ def get_args_parser():
         description='G2SD stage 1: generic distillation (MAE pre-training with --target pixel)',
         allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group('distillation')
-    group.add_argument('--target', default='feature', choices=['feature', 'recon', 'recon_gt', 'pixel'],
-                       help='what the student predicts (Table 4): decoder features, the teacher\'s '
-                            'reconstruction, that and true pixels, or true pixels alone (MAE, no teacher)')
+    group.add_argument('--target', default='feature',
+                       choices=['feature', 'recon', 'recon_gt', 'pixel'],
+                       help='predicted (Table 4): decoder features, the teacher\'s reconstruction, '
+                            'that and true pixels, or true pixels alone (MAE, no teacher)')
     group.add_argument('--teacher_model', help='by default the one that its checkpoint names, else '
                                                'mae_vit_base_patch16')
     group.add_argument('--teacher_path', help='its checkpoint with the decoder, path or https URL')
-    group.add_argument('--target_layer', type=int, help='teacher decoder block to imitate, 1-based; by '
-                                                        'default the middle one, 4 of 8')
+    group.add_argument('--target_layer', type=int, help='teacher decoder block to imitate, '
+                                                        '1-based; by default the middle, 4 of 8')
     group.add_argument('--supervise', default='all', choices=['all', 'masked'],
                        help='tokens in the feature loss: all, or the hidden patches alone')
-    group.add_argument('--mask_ratio', type=float, default=0.75, help='share of hidden patches (Table 5)')
+    group.add_argument('--mask_ratio', type=float, default=0.75,
+                       help='share of hidden patches (Table 5)')
     group.add_argument('--norm_pix_loss', action=argparse.BooleanOptionalAction, default=True,
-                       help='normalise true pixels per patch; --no-norm_pix_loss for a teacher trained so')
+                       help='normalise true patches; --no-norm_pix_loss for a teacher trained so')
 
     group = parser.add_argument_group('model')
     group.add_argument('--model', default='mae_vit_small_patch16_dec256d4b', help='network to train')
@@ -71,15 +73,15 @@ def get_args_parser():
 
     group = parser.add_argument_group('optimisation')
     group.add_argument('--batch_size', type=int, default=256, help='images per process and step')
-    group.add_argument('--accum_iter', type=int, default=2, help='steps whose gradients make one update')
+    group.add_argument('--accum_iter', type=int, default=2, help='steps that make one update')
     group.add_argument('--epochs', type=int, help='300, or 800 with --target pixel')
     group.add_argument('--warmup_epochs', type=int, help='10, or 40 with --target pixel')
     group.add_argument('--blr', type=float, default=1.5e-4,
                        help='learning rate per 256 images of the effective batch')
     group.add_argument('--lr', type=float, help='absolute learning rate; overrides --blr')
-    group.add_argument('--min_lr', type=float, help='end of the cosine: 2.5e-6, or 0 with --target pixel')
+    group.add_argument('--min_lr', type=float, help='cosine end: 2.5e-6, or 0 with --target pixel')
     group.add_argument('--weight_decay', type=float, default=0.05, help='none on 1-D parameters')
-    group.add_argument('--clip_grad', type=float, help='largest gradient norm; by default no clipping')
+    group.add_argument('--clip_grad', type=float, help='largest gradient norm; by default no limit')
 
     group = parser.add_argument_group('data')
     group.add_argument('--data_path', help='folder of images (or of the CIFAR files)')
@@ -88,8 +90,8 @@ def get_args_parser():
 
     group = parser.add_argument_group('run')
     group.add_argument('--config', help='args.json of another run: its values become the defaults')
-    group.add_argument('--output_dir', default='output_dir', help='for checkpoint.pth, log.txt, args.json')
-    group.add_argument('--resume', help='checkpoint to go on from, or auto: that in --output_dir, if any')
+    group.add_argument('--output_dir', default='output_dir', help='for checkpoint, log, args.json')
+    group.add_argument('--resume', help='checkpoint to resume; auto: that in --output_dir, if any')
     group.add_argument('--save_every', type=int, default=0,
                        help='also keep checkpoint-N.pth every so many epochs (or rounds); 0: never')
     group.add_argument('--print_freq', type=int, default=50, help='steps between printed lines')
@@ -98,7 +100,7 @@ def get_args_parser():
     group.add_argument('--device', help='cuda or cpu; by default cuda where there is one')
     group.add_argument('--compile', action='store_true', help='torch.compile the networks')
     group.add_argument('--amp', choices=['bf16', 'fp16', 'off'],
-                       help='autocast type; by default bf16 where the GPU has it, else fp16; off on a CPU')
+                       help='autocast; by default bf16 if the GPU has it, else fp16; off on a CPU')
     return parser
 
 
@@ -108,7 +110,7 @@ def get_args_parser():
 class CropAndNoise:
     """PIL image -> (augmented image (3, H, W) uint8, noise (L,) of its mask).
 
-    The noise is drawn here, so that the mask of a sample does not depend on the number of processes.
+    The noise is drawn here, so that a sample's mask does not depend on the number of processes.
     """
 
     def __init__(self, input_size, num_patches):
@@ -162,7 +164,7 @@ def feature_loss(pred, target, beta=2.0):
     Source: G2SD, generic distillation; LayerNorm without affine and beta from the authors' code.
     """
     if pred.shape != target.shape:
-        raise ValueError(f'prediction {tuple(pred.shape)} and target {tuple(target.shape)} differ in shape')
+        raise ValueError(f'shapes differ: pred {tuple(pred.shape)}, target {tuple(target.shape)}')
     target = F.layer_norm(target.float(), target.shape[-1:], eps=1e-6)
     return F.smooth_l1_loss(pred.float(), target, beta=beta)
 
@@ -172,15 +174,16 @@ def recon_loss(pred, target, mask, beta=2.0):
 
     pred, target: (N, L, p*p*3); mask: (N, L), 1 = hidden. Returns a scalar; no LayerNorm (ours).
     """
-    per_patch = F.smooth_l1_loss(pred.float(), target.float(), beta=beta, reduction='none').mean(dim=-1)
+    per_patch = F.smooth_l1_loss(
+        pred.float(), target.float(), beta=beta, reduction='none').mean(dim=-1)
     return (per_patch * mask).sum() / mask.sum()
 
 
 def pixel_loss(pred, pixels, mask, norm_pix_loss=True):
     """MAE's loss: mean squared error at hidden patches.
 
-    pred, pixels: (N, L, p*p*3); mask: (N, L), 1 = hidden. With norm_pix_loss each true patch first gets
-    mean 0 and variance 1 (unbiased, + 1e-6, as in MAE). Returns a scalar.
+    pred, pixels: (N, L, p*p*3); mask: (N, L), 1 = hidden. With norm_pix_loss each true patch first
+    gets mean 0 and variance 1 (unbiased, + 1e-6, as in MAE). Returns a scalar.
     """
     pixels = pixels.float()
     if norm_pix_loss:
@@ -191,7 +194,7 @@ def pixel_loss(pred, pixels, mask, norm_pix_loss=True):
 
 
 def compute_losses(model, teacher, images, masking, args):
-    """The terms of --target by name; their sum is minimised. Student and teacher see the same mask."""
+    """The terms of --target by name, to be summed. Student and teacher see the same mask."""
     pred = model(images, masking)  # (N, 1+L, target_dim), or (N, L, p*p*3) with --target pixel
     if args.target == 'feature':
         with torch.no_grad():
@@ -207,7 +210,7 @@ def compute_losses(model, teacher, images, masking, args):
         with torch.no_grad():
             target = teacher(images, masking)
         losses['loss_recon'] = recon_loss(pred, target, masking.mask)
-    if args.target != 'recon':  # beside the other with equal weight: ours, the paper does not state it
+    if args.target != 'recon':  # equal weights: ours, the paper does not state them
         pixels = (model.module if args.distributed else model).patchify(images)
         losses['loss_pixel'] = pixel_loss(pred, pixels, masking.mask, args.norm_pix_loss)
     return losses
@@ -216,9 +219,9 @@ def compute_losses(model, teacher, images, masking, args):
 # ---- training ------------------------------------------------------------------------------------
 
 
-def train_one_epoch(model, teacher, loader, optimizer, scheduler, scaler, meter, device, epoch, start,
-                    args):
-    """Trains from step `start` on; returns the number of steps done, fewer than all after a signal."""
+def train_one_epoch(model, teacher, loader, optimizer, scheduler, scaler, meter, device, epoch,
+                    start, args):
+    """Trains from step `start` on; returns the steps done, fewer than all after a signal."""
     model.train()
     for step, ((images, noise), _) in meter.log_every(loader, epoch, start):
         if step % args.accum_iter == 0:
@@ -237,7 +240,7 @@ def train_one_epoch(model, teacher, loader, optimizer, scheduler, scaler, meter,
     return len(loader)
 
 
-# ---- run plumbing: the same lines in all four scripts (tests/test_shared.py) ----------------------
+# ---- run plumbing: the same lines in all four scripts (tests/test_shared.py) ---------------------
 
 AMP_DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'off': None}
 ORIGIN = ('commit', 'versions', 'hardware')  # what args.json holds besides the flags
@@ -245,11 +248,11 @@ stop_signal = threading.Event()
 
 
 def parse_args(parser):
-    """The command line's flags; --config and, with --eval, the checkpoint's own args give defaults."""
+    """The command line's flags; --config and, with --eval, the checkpoint's args give defaults."""
     args, stored = parser.parse_args(), {}
     if args.config:
         if not Path(args.config).is_file():
-            raise SystemExit(f'--config {args.config}: there is no such file, give the args.json of a run')
+            raise SystemExit(f'--config {args.config}: no such file, give the args.json of a run')
         stored = json.loads(Path(args.config).read_text())
         for name in ('config', 'output_dir', 'resume', *ORIGIN):
             stored.pop(name, None)
@@ -283,28 +286,32 @@ def setup(args):
     if cuda:
         torch.cuda.set_device(device)
     if args.distributed:  # tensors on the CPU go over gloo, and wait for no GPU
-        dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo', timeout=timedelta(minutes=30))
+        dist.init_process_group(
+            'cpu:gloo,cuda:nccl' if cuda else 'gloo', timeout=timedelta(minutes=30))
     if args.rank:
         sys.stdout = open(os.devnull, 'w')
     sys.stdout.reconfigure(line_buffering=True)
     if args.amp is None:
         bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         args.amp = 'bf16' if bf16 else 'fp16' if cuda else 'off'
-    timm.layers.set_fused_attn(cuda)  # on a CPU the fused kernel is the slower one, by a fifth in bf16
+    timm.layers.set_fused_attn(cuda)  # on a CPU the fused kernel is slower, by a fifth in bf16
     models.seed_everything(args.seed, models.START)
     git = ['git', '-C', str(Path(__file__).resolve().parent), 'describe', '--always', '--dirty']
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or 'unknown'
-    versions = f'torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}'
+    versions = (f'torch {torch.__version__}, torchvision {torchvision.__version__}, '
+                f'timm {timm.__version__}')
     hardware = f'{args.world_size} x {torch.cuda.get_device_name() if cuda else "cpu"}'
-    print(f'command: {shlex.join(sys.argv)}\ncommit {commit}, {versions}, {hardware}, amp {args.amp}')
+    print(f'command: {shlex.join(sys.argv)}\n'
+          f'commit {commit}, {versions}, {hardware}, amp {args.amp}')
     if getattr(args, 'eval', False):
         return device
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    own = args.resume and (args.resume == 'auto' or Path(args.resume).parent.resolve() == folder.resolve())
+    own = args.resume and (
+        args.resume == 'auto' or Path(args.resume).parent.resolve() == folder.resolve())
     if not own and ((folder / 'checkpoint.pth').exists() or (folder / 'previous.pth').exists()):
-        raise SystemExit(f'--output_dir {folder} holds another run: choose another folder, or go on with '
-                         'it by --resume auto')
+        raise SystemExit(f'--output_dir {folder} holds another run: choose another folder, or '
+                         'go on with it by --resume auto')
     if args.rank == 0:
         origin = dict(zip(ORIGIN, (commit, versions, hardware)))
         (folder / 'args.json').write_text(json.dumps(given | origin, indent=2) + '\n')
@@ -370,7 +377,7 @@ def main(args):
     if args.warmup_epochs >= args.epochs:
         raise SystemExit(f'--warmup_epochs {args.warmup_epochs} must be below --epochs {args.epochs}')
     if args.target == 'pixel' and args.teacher_path:
-        raise SystemExit('--target pixel is MAE pre-training without a teacher: leave out --teacher_path')
+        raise SystemExit('--target pixel is MAE without a teacher: leave out --teacher_path')
     patch = models.parse_name(args.model, mae=True).patch
     args.input_size = models.check_img_size(args.input_size, patch)
     # 2. data
@@ -380,22 +387,22 @@ def main(args):
     teacher, target_dim = None, None
     if args.target != 'pixel':
         if not args.teacher_path:
-            raise SystemExit(f'--teacher_path is missing: {models.DECODER_HELP}; MAE pre-training without '
-                             'a teacher is --target pixel')
+            raise SystemExit(f'--teacher_path is missing: {models.DECODER_HELP}; MAE pre-training '
+                             'without a teacher is --target pixel')
         flags = models.own_args(models.read_checkpoint(args.teacher_path))
         args.teacher_model = args.teacher_model or flags.get('model', 'mae_vit_base_patch16')
         if args.teacher_model.startswith('vit_'):
             raise SystemExit(f'{args.teacher_path} has no decoder: {models.DECODER_HELP}')
         teacher = models.create_mae(args.teacher_model, args.input_size)
         if teacher.patch_embed.num_patches != num_patches:
-            raise SystemExit(f'{args.model} and {args.teacher_model} differ in patch size: they share one '
-                             'mask')
+            raise SystemExit(f'{args.model} and {args.teacher_model} differ in patch size: '
+                             'they share one mask')
         depth = len(teacher.decoder_blocks)
         if args.target_layer is None:
             args.target_layer = max(1, depth // 2)
         if not 1 <= args.target_layer <= depth:
-            raise SystemExit(f'--target_layer {args.target_layer}: the teacher\'s decoder has blocks 1 to '
-                             f'{depth}')
+            raise SystemExit(f'--target_layer {args.target_layer}: the teacher\'s decoder has '
+                             f'blocks 1 to {depth}')
         teacher = models.load_teacher(teacher, args.teacher_path).to(device)
         target_dim = teacher.decoder_dim if args.target == 'feature' else teacher.pixel_dim
     # 4. student
@@ -415,8 +422,8 @@ def main(args):
     print(f'arguments: {vars(args)}\nrecipe: {recipe}, effective batch {batch} (the paper has '
           f'{PAPER_BATCH}), lr {args.lr:.3g}')
     optimizer = create_optimizer_v2(  # betas: MAE
-        model_without_ddp, opt='adamw', lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.95),
-        fused=True)
+        model_without_ddp, opt='adamw', lr=args.lr, weight_decay=args.weight_decay,
+        betas=(0.9, 0.95), fused=True)
     scheduler = CosineLRScheduler(
         optimizer, t_initial=args.epochs - args.warmup_epochs, lr_min=args.min_lr,
         warmup_t=args.warmup_epochs, warmup_lr_init=0.0, warmup_prefix=True)
@@ -428,8 +435,8 @@ def main(args):
     # 7. epochs: train, save, evaluate, log
     for epoch in range(first_epoch, args.epochs):
         start = loader.sampler.set_epoch(epoch, samples)
-        step = train_one_epoch(model, teacher, loader, optimizer, scheduler, scaler, meter, device, epoch,
-                               start, args)
+        step = train_one_epoch(model, teacher, loader, optimizer, scheduler, scaler, meter, device,
+                               epoch, start, args)
         models.save_checkpoint(args, epoch, step, loader, **parts)
         if step < len(loader):
             print('stopped by a signal: --resume auto goes on from here')

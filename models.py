@@ -1,10 +1,10 @@
-"""What the stages share: the networks, the mask, checkpoints, and data whose random draws can be repeated.
+"""What the stages share: networks, the mask, checkpoints, and data with repeatable random draws.
 
-`MaskedAutoencoder` is an MAE (the stage-1 teacher) or, with `target_dim`, a G2SD student; timm's vision
-transformers are the stage-2 networks. Parameters are named as in MAE and timm.
-Sources: He et al., "Masked Autoencoders Are Scalable Vision Learners" (CVPR 2022); Huang, Peng et al.,
-"Generic-to-Specific Distillation of Masked Autoencoders" (CVPR 2023); Touvron et al., "Training
-data-efficient image transformers" (ICML 2021).
+`MaskedAutoencoder` is an MAE (the stage-1 teacher) or, with `target_dim`, a G2SD student; timm's
+vision transformers are the stage-2 networks. Parameters are named as in MAE and timm.
+Sources: He et al., "Masked Autoencoders Are Scalable Vision Learners" (CVPR 2022); Huang, Peng
+et al., "Generic-to-Specific Distillation of Masked Autoencoders" (CVPR 2023); Touvron et al.,
+"Training data-efficient image transformers" (ICML 2021).
 """
 import argparse
 import atexit
@@ -67,7 +67,7 @@ def parse_name(name, mae=False):
     match = re.fullmatch(pattern, name)
     if not match or match[1] not in SIZES:
         form = 'mae_vit_SIZE_patchP[_decWIDTHdBLOCKSb]' if mae else 'vit_SIZE_patchP'
-        raise SystemExit(f'unknown model name {name!r}: give {form}, SIZE one of {", ".join(SIZES)}')
+        raise SystemExit(f'unknown model name {name!r}: give {form}, SIZE: {", ".join(SIZES)}')
     size = SIZES[match[1]]._replace(patch=int(match[2]))
     if mae and match[3]:
         size = size._replace(decoder_dim=int(match[3]), decoder_depth=int(match[4]))
@@ -78,8 +78,8 @@ def check_img_size(img_size, patch):
     """int, [side] or (height, width) in pixels -> (height, width), both multiples of the patch."""
     sides = list(img_size) if isinstance(img_size, (list, tuple)) else [img_size]
     if len(sides) > 2 or any(side < patch or side % patch for side in sides):
-        raise SystemExit(f'input size {sides} is not divisible by the patch size {patch}: give one or '
-                         f'two multiples of {patch}')
+        raise SystemExit(f'input size {sides} is not divisible by the patch size {patch}: give one '
+                         f'or two multiples of {patch}')
     return sides[0], sides[-1]
 
 
@@ -100,8 +100,8 @@ def random_masking(noise, mask_ratio):
     length = noise.shape[1]
     keep = int(length * (1 - mask_ratio))
     if not 0 < keep < length:
-        raise SystemExit(f'--mask_ratio {mask_ratio} keeps {keep} of {length} patches: some must be '
-                         'kept and some hidden')
+        raise SystemExit(f'--mask_ratio {mask_ratio} keeps {keep} of {length} patches: some must '
+                         'be kept and some hidden')
     ids_shuffle = torch.argsort(noise, dim=1)
     ids_restore = torch.argsort(ids_shuffle, dim=1)
     mask = torch.ones_like(noise)
@@ -112,7 +112,7 @@ def random_masking(noise, mask_ratio):
 def sincos_position_table(dim, grid_size):
     """Fixed 2-D sine-cosine table, (1, 1 + H*W, dim) float32, with a zero row for the class token.
 
-    Channels are [sin x, cos x, sin y, cos y]: MAE lets the column go first, and its weights rely on it.
+    Channels are [sin x, cos x, sin y, cos y]: MAE puts columns first, and its weights rely on it.
     """
     omega = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     rows = torch.arange(grid_size[0], dtype=torch.float64)
@@ -131,7 +131,7 @@ def take(x, ids):
 class MaskedAutoencoder(nn.Module):
     """MAE with a ViT encoder and a light ViT decoder; names of parameters as in MAE.
 
-    Without `target_dim` it predicts pixels (`decoder_norm`, `decoder_pred`): MAE, and the stage-1 teacher.
+    Without `target_dim` it predicts pixels (`decoder_norm`, `decoder_pred`): MAE, the teacher.
     With `target_dim` it is a G2SD student: after its decoder blocks a 2-layer MLP, `feature_head`,
     predicts `target_dim` numbers per token, with no norm in between (the authors' code).
     """
@@ -141,7 +141,8 @@ class MaskedAutoencoder(nn.Module):
         dim, decoder_dim = size.dim, size.decoder_dim
         # the authors' code: 192 -> 8 and 64 -> 4 heads; MAE and every other width: width / 32
         decoder_heads = {192: 8, 64: 4}.get(decoder_dim, decoder_dim // 32)
-        block = partial(Block, mlp_ratio=4.0, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+        block = partial(
+            Block, mlp_ratio=4.0, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
         self.patch_embed = PatchEmbed(img_size, size.patch, 3, dim)
         grid = self.patch_embed.grid_size
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -152,7 +153,8 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_dim = decoder_dim
         self.decoder_embed = nn.Linear(dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
-        self.decoder_pos_embed = nn.Parameter(sincos_position_table(decoder_dim, grid), requires_grad=False)
+        self.decoder_pos_embed = nn.Parameter(
+            sincos_position_table(decoder_dim, grid), requires_grad=False)
         self.decoder_blocks = nn.ModuleList(
             block(decoder_dim, decoder_heads) for _ in range(size.decoder_depth))
         self.target_dim = target_dim
@@ -180,7 +182,7 @@ class MaskedAutoencoder(nn.Module):
         return 3 * self.patch_embed.patch_size[0] * self.patch_embed.patch_size[1]
 
     def patchify(self, images):
-        """(N, 3, H, W) -> (N, L, p*p*3): rows of patches, in each patch rows, columns, then colours."""
+        """(N, 3, H, W) -> (N, L, p*p*3): rows of patches, in each patch rows, columns, colours."""
         n, c, _, _ = images.shape
         (h, w), (p, q) = self.patch_embed.grid_size, self.patch_embed.patch_size
         return images.reshape(n, c, h, p, w, q).permute(0, 2, 4, 3, 5, 1).reshape(n, h * w, p * q * c)
@@ -230,7 +232,7 @@ class MaskedAutoencoder(nn.Module):
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]  # class token dropped
 
     def forward(self, images, masking, layer=None):
-        """`decoder_features` if a layer is given; else `predict_features` or, as MAE, `reconstruct`."""
+        """`decoder_features` with a layer; else `predict_features` or, as MAE, `reconstruct`."""
         if layer is not None:
             return self.decoder_features(images, masking, layer)
         if self.target_dim is not None:
@@ -239,7 +241,7 @@ class MaskedAutoencoder(nn.Module):
 
 
 def create_mae(name, img_size=224, target_dim=None):
-    """A `MaskedAutoencoder` by name, e.g. `mae_vit_base_patch16`; img_size: int or (height, width)."""
+    """A `MaskedAutoencoder` by name (`mae_vit_base_patch16`); img_size: int or (height, width)."""
     size = parse_name(name, mae=True)
     return MaskedAutoencoder(check_img_size(img_size, size.patch), size, target_dim)
 
@@ -248,13 +250,14 @@ def create_mae(name, img_size=224, target_dim=None):
 
 
 class LayerDecayGroups:
-    """Layer-wise learning rates as in MAE and the authors' code: stem, blocks, all else at the full rate.
+    """Layer decay as in MAE and the authors' code: stem, blocks, all else at the full rate.
 
-    timm's own grouping gives the final norm the last block's rate and the distillation token the stem's.
+    timm gives the final norm the last block's rate and the distillation token the stem's.
     """
 
     def group_matcher(self, coarse=False):
-        return {'stem': r'^(?:cls_token|pos_embed|patch_embed)', 'blocks': [(r'^blocks\.(\d+)', None)]}
+        return {'stem': r'^(?:cls_token|pos_embed|patch_embed)',
+                'blocks': [(r'^blocks\.(\d+)', None)]}
 
 
 class PlainViT(LayerDecayGroups, VisionTransformer):
@@ -266,14 +269,15 @@ class DistilledViT(LayerDecayGroups, VisionTransformerDistilled):
 
     def init_weights(self, *args, **kwargs):
         super().init_weights(*args, **kwargs)
-        # ours: the token starts without a position, so 197-position checkpoints give the same outputs
+        # ours: the token starts without position, so 197-position checkpoints give the same outputs
         nn.init.zeros_(self.pos_embed[:, 1].detach())
 
 
-def create_vit(name, num_classes, img_size=224, distilled=False, global_pool='token', drop_path_rate=0.0):
-    """A classifier by name, e.g. `vit_small_patch16`: timm's VisionTransformer, or its DeiT if `distilled`.
+def create_vit(name, num_classes, img_size=224, distilled=False, global_pool='token',
+               drop_path_rate=0.0):
+    """Classifier by name (`vit_small_patch16`): timm's VisionTransformer, or DeiT if `distilled`.
 
-    global_pool: 'token' (class token, as DeiT) or 'avg' (mean of the patch tokens, then `fc_norm`, as
+    global_pool: 'token' (class token, as DeiT) or 'avg' (mean of patch tokens, then `fc_norm`, as
     MAE); False and True mean the same. In training mode a distilled network returns (class logits,
     distillation logits), else the mean of the two.
     """
@@ -290,7 +294,7 @@ def create_vit(name, num_classes, img_size=224, distilled=False, global_pool='to
 
 
 def reset_head(model):
-    """Start value of the class head for fine-tuning, std 2e-5 (MAE); a distillation head keeps 0.02."""
+    """Starts the class head for fine-tuning, std 2e-5 (MAE); a distillation head keeps 0.02."""
     trunc_normal_(model.head.weight, std=2e-5)
     nn.init.zeros_(model.head.bias)
 
@@ -334,9 +338,9 @@ def from_hugging_face(state_dict):
 
 
 def read_checkpoint(path):
-    """Local path or https URL -> what the file holds, read weights-only: code in a pickle is refused.
+    """Path or https URL -> what the file holds, read weights-only: code in a pickle is refused.
 
-    `argparse.Namespace` is allowed beyond torch's own list: MAE's, DeiT's and DINO's files hold one.
+    `argparse.Namespace` is allowed beyond torch's list: MAE's, DeiT's and DINO's files hold one.
     """
     if str(path).startswith('https://'):  # into torch hub's cache; many models share a file name
         url, name = path, hashlib.sha256(path.encode()).hexdigest()[:8] + '-' + Path(path).name
@@ -357,13 +361,13 @@ def read_checkpoint(path):
     except Exception as error:
         refused = re.search(r'GLOBAL (\S+)', str(error))
         reason = f'it wants to use {refused[1]}' if refused else type(error).__name__
-        raise SystemExit(f'{path} is no readable checkpoint ({reason}): a truncated download, another '
-                         'kind of file, or one that holds more than tensors and plain types') from error
+        raise SystemExit(f'{path} is no readable checkpoint ({reason}): a truncated download, '
+                         'another kind of file, or more than tensors and plain types') from error
 
 
 def own_args(checkpoint):
     """The flags of the run that wrote a checkpoint of these scripts; {} for the files of others."""
-    stored = checkpoint.get('args')
+    stored = checkpoint.get('args') if isinstance(checkpoint, dict) else None
     ours = isinstance(stored, dict) and isinstance(stored.get('input_size'), (list, tuple))
     return stored if ours else {}
 
@@ -375,7 +379,8 @@ def flat_state_dict(checkpoint, path):
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
             state = checkpoint[key]
             break
-    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    tensors = [torch.is_tensor(value) for value in state.values()] if isinstance(state, dict) else []
+    if not tensors or not all(tensors):
         raise SystemExit(f'{path} holds no state dict, a dict of tensors by name')
     if any('patch_embeddings.projection' in key for key in state):
         state = from_hugging_face(state)
@@ -383,7 +388,7 @@ def flat_state_dict(checkpoint, path):
     projections = [key for key in state if key.endswith('patch_embed.proj.weight')]
     prefix = re.escape(projections[0].removesuffix('patch_embed.proj.weight')) if projections else ''
     state = {re.sub(rf'^{prefix}|^module\.', '', key): value for key, value in state.items()}
-    if 'decoderfeature_pred.fc1.weight' in state:  # the authors' student; these heads are not used there
+    if 'decoderfeature_pred.fc1.weight' in state:  # the authors' student; these heads go unused
         unused = ('encoderfeature_pred.', 'decoder_norm.', 'decoder_pred.')
         state = {key.replace('decoderfeature_pred.', 'feature_head.'): value
                  for key, value in state.items() if not key.startswith(unused)}
@@ -402,10 +407,10 @@ def load_checkpoint(path):
 def fit_positions(model, state_dict, path, flags):
     """Brings `pos_embed` and `decoder_pos_embed` to the model's tokens and grid, in place.
 
-    The rows before the patches are [class] or [class, distillation]; a missing distillation row becomes
+    The rows before the patches are [class] or [class, distillation]; a missing second one becomes
     zero. A detector's table, (1, H, W, D), has no such rows. Grids are resized bicubically without
-    antialiasing, as in MAE and DeiT. flags: `own_args` of the checkpoint, which tell its grid; the grids
-    of others are square. Returns what it did, in words.
+    antialiasing, as in MAE and DeiT. flags: `own_args` of the checkpoint, which tell its grid;
+    other files' grids are square. Returns what it did, in words.
     """
     done, own_parameters = [], dict(model.named_parameters())
     for key in ('pos_embed', 'decoder_pos_embed'):
@@ -425,7 +430,7 @@ def fit_positions(model, state_dict, path, flags):
                 old_grid = grid
         prefix = rows - old_grid[0] * old_grid[1]
         if prefix not in (1, 2) or (prefix == 2 and 'dist_token' not in state_dict):
-            raise SystemExit(f'{path}: {key} has {rows} rows, which is no class token and grid of patches '
+            raise SystemExit(f'{path}: {key} has {rows} rows, no class token and grid of patches '
                              f'of {patch[0]} pixels: give the right --model or --input_size')
         if old_grid != grid:
             table = resample_abs_pos_embed(table, grid, old_grid, prefix, antialias=False)
@@ -442,7 +447,7 @@ def fit_positions(model, state_dict, path, flags):
 
 
 def load_strictly(model, state_dict, path):
-    """`load_state_dict` that ends in one line, with the start of torch's message, if something differs."""
+    """`load_state_dict`, but a mismatch ends in one line, with the start of torch's message."""
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as error:
@@ -451,9 +456,9 @@ def load_strictly(model, state_dict, path):
 
 
 def load_teacher(model, path):
-    """Loads a teacher strictly, position tables resized if need be; it comes back frozen and in eval mode.
+    """Loads a teacher strictly, positions resized if need be; returns it frozen and in eval mode.
 
-    An encoder-only MAE in stage 1 is the failure that users of the authors' code report: it is named.
+    An encoder-only MAE in stage 1 is what users of the authors' code report: it is named.
     """
     checkpoint = read_checkpoint(path)
     state_dict = flat_state_dict(checkpoint, path)
@@ -468,21 +473,21 @@ def load_teacher(model, path):
 def check_classes(theirs, ours, path):
     """Ends the run if a checkpoint's class names are not those of the data, in the same order."""
     if theirs is not None and list(theirs) != list(ours):
-        raise SystemExit(f'{path} was trained on {len(theirs)} classes ({", ".join(theirs[:3])} ...), '
+        raise SystemExit(f'{path}: trained on {len(theirs)} classes ({", ".join(theirs[:3])} ...), '
                          f'the data has {len(ours)} ({", ".join(ours[:3])} ...)')
 
 
 # what a stage-2 network may have that the file lacks, and the reverse
 NEW = r'(head|head_dist|fc_norm)\.|dist_token$|blocks\.\d+\.(gamma_[12]|attn\.rel(ative)?_pos\w*)$'
-LEFT_OUT = (r'(decoder_\w+|feature_head|head|head_dist|fc_norm|norm)\.|(decoder_pos_embed|mask_token|'
-            r'masked_embed|dist_token|cls_token|blocks\.\d+\.attn\.k_bias)$')
+LEFT_OUT = (r'(decoder_\w+|feature_head|head|head_dist|fc_norm|norm)\.|(decoder_pos_embed|'
+            r'mask_token|masked_embed|dist_token|cls_token|blocks\.\d+\.attn\.k_bias)$')
 
 
 def load_pretrained(model, path):
-    """Starts a stage-2 network from any encoder: stage 1's student, MAE, DeiT, DINO, iBOT, timm, HF.
+    """Starts a stage-2 network from any encoder: stage 1, MAE, DeiT, DINO, iBOT, timm, HF.
 
-    Heads, the distillation token, `fc_norm`, relative positions and LayerScale keep their start values;
-    decoders, heads and what the network has no place for are left out. Anything else that is missing,
+    Heads, distillation token, `fc_norm`, relative positions and LayerScale keep their start values;
+    decoders, heads and what the network has no place for are left out. Anything else missing,
     unexpected or of another shape ends the run. Prints what was used.
     """
     checkpoint = read_checkpoint(path)
@@ -499,8 +504,8 @@ def load_pretrained(model, path):
     wrong = [key for key in new if not re.match(NEW, key)]
     wrong += [key for key in left_out if not re.match(LEFT_OUT, key)]
     if wrong:
-        raise SystemExit(f'{path} does not fit the network: {", ".join(wrong[:3])} ... are missing or '
-                         'left over; give the right --model (or --global_pool)')
+        raise SystemExit(f'{path} does not fit the network: {", ".join(wrong[:3])} ... are missing '
+                         'or left over; give the right --model (or --global_pool)')
     used = {key: state[key] for key in own if key not in new}
     load_strictly(model, {**own, **used}, path)
     for what, keys in (('new', new), ('left out', left_out)):
@@ -513,17 +518,17 @@ def load_pretrained(model, path):
 
 
 def save_checkpoint(args, epoch, step, loader, classes=None, **parts):
-    """Writes output_dir/checkpoint.pth after `step` steps of an epoch; the one before stays as previous.pth.
+    """Writes output_dir/checkpoint.pth after `step` steps; the one before stays as previous.pth.
 
-    parts: everything with a state_dict, by name. A kill leaves the old file or the new one. All processes
-    call it (the meter sums over them), rank 0 writes. Every --save_every epochs also checkpoint-N.pth.
+    parts: what has a state_dict, by name. A kill leaves the old file or the new one. All processes
+    call it (for the meter's sums), rank 0 writes. Every --save_every epochs also checkpoint-N.pth.
     """
     finished = step == len(loader)
     checkpoint = {name: part.state_dict() for name, part in parts.items()}
     if args.rank:
         return
-    checkpoint |= {'epoch': epoch if finished else epoch - 1, 'classes': classes, 'args': vars(args),
-                   'samples': 0 if finished else loader.sampler.samples(step)}
+    checkpoint |= {'epoch': epoch if finished else epoch - 1, 'classes': classes,
+                   'args': vars(args), 'samples': 0 if finished else loader.sampler.samples(step)}
     path = Path(args.output_dir, 'checkpoint.pth')
     temporary = path.with_suffix('.tmp')
     with open(temporary, 'wb') as file:
@@ -538,7 +543,7 @@ def save_checkpoint(args, epoch, step, loader, classes=None, **parts):
 
 
 def find_checkpoint(args):
-    """(path, contents) of --resume; auto: the newest readable one in --output_dir. (None, None) if none."""
+    """(path, contents) of --resume; auto: newest readable in --output_dir; else (None, None)."""
     if args.resume != 'auto':
         return args.resume, args.resume and read_checkpoint(args.resume)
     paths = [Path(args.output_dir, name) for name in ('checkpoint.pth', 'previous.pth')]
@@ -554,9 +559,9 @@ def find_checkpoint(args):
 
 
 def resume(args, classes=None, fixed=(), **parts):
-    """Loads --resume strictly into the parts; returns (epoch to go on with, samples of it that are done).
+    """Loads --resume strictly into the parts; returns (epoch to go on with, samples of it done).
 
-    A finished epoch comes back with all its samples done: its evaluation and log line are made again.
+    A finished epoch comes back with all samples done: its evaluation and log line are made again.
     fixed: flags that must be as they were. parts: as in `save_checkpoint`.
     """
     path, checkpoint = find_checkpoint(args)
@@ -564,21 +569,25 @@ def resume(args, classes=None, fixed=(), **parts):
         paths = [None] * args.world_size
         dist.all_gather_object(paths, str(path))
         if len(set(paths)) > 1:
-            raise SystemExit(f'the processes see different checkpoints, {min(paths)} and {max(paths)}: '
+            raise SystemExit(f'processes see different checkpoints, {min(paths)} and {max(paths)}: '
                              'all machines must share the disk of --output_dir')
     if path is None:
         return 0, 0
     if 'meter' not in checkpoint:
-        raise SystemExit(f'{path} is of an older version of these scripts, or of another program, and '
-                         'cannot be resumed; its weights can be used by --finetune or --teacher_path')
+        raise SystemExit(f'{path} is of an older version of these scripts, or another program, and '
+                         'cannot be resumed; --finetune and --teacher_path can use its weights')
     for name in fixed:
-        if checkpoint['args'][name] != getattr(args, name):
-            raise SystemExit(f'{path} cannot be resumed: --{name} was {checkpoint["args"][name]}')
-    check_classes(checkpoint['classes'], classes, path)
+        if checkpoint['args'].get(name) != getattr(args, name):
+            raise SystemExit(f'{path} cannot be resumed: --{name} was {checkpoint["args"].get(name)}')
+    check_classes(checkpoint['classes'], classes or [], path)
     load_strictly(parts['model'], checkpoint['model'], path)
     # the file's moments and rates; weight decay, layer decay and so on are those of this run
     groups = parts['optimizer'].state_dict()['param_groups']
-    for group, stored in zip(groups, checkpoint['optimizer']['param_groups']):
+    old = checkpoint['optimizer']['param_groups']
+    if [group['params'] for group in groups] != [group['params'] for group in old]:
+        raise SystemExit(f'{path} cannot be resumed: its parameters are grouped in another way, '
+                         'give the --weight_decay, --layer_decay and --teacher_path that it had')
+    for group, stored in zip(groups, old):
         group['lr'] = stored['lr']
     checkpoint['optimizer']['param_groups'] = groups
     for name, part in parts.items():
@@ -600,7 +609,7 @@ class Meter:
         self.grad_norm, self.seconds = torch.zeros(()), 0.0
 
     def log_every(self, loader, epoch, start):
-        """Yields (step, batch) from step `start` on; prints after the first and every --print_freq."""
+        """Yields (step, batch) from `start` on; prints after the first and every --print_freq."""
         if start == 0:
             self.sums, self.steps = 0.0, 0
         steps, waited = len(loader), 0.0
@@ -624,14 +633,14 @@ class Meter:
                 waited, line_clock = 0.0, time.time()
 
     def update(self, grad_norm, **terms):
-        """Adds one step's scalars without waiting for the device; grad_norm: None without an update."""
+        """Adds a step's scalars without waiting for the device; grad_norm: None if no update."""
         self.names = list(terms)
         self.rows.append(torch.stack([term.detach().float() for term in terms.values()]))
         self.grad_norm = self.grad_norm if grad_norm is None else grad_norm
         self.seconds, self.clock = self.seconds + time.time() - self.clock, time.time()
 
     def flush(self):
-        """Means (terms,) of the steps since the last line, over all processes; adds them to the sums.
+        """Means (terms,) of steps since the last line, over all processes; adds them to the sums.
 
         Ends the run if one is not finite.
         """
@@ -644,8 +653,8 @@ class Meter:
             values['grad_norm'] = self.grad_norm.item()
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
-            raise SystemExit(f'not finite: {", ".join(bad)}. The last checkpoint is kept; lower the '
-                             'learning rate')
+            raise SystemExit(f'not finite: {", ".join(bad)}. The last checkpoint is kept; lower '
+                             'the learning rate')
         self.rows, self.sums, self.steps = [], self.sums + sums, self.steps + count
         return sums / count
 
@@ -669,7 +678,7 @@ class Meter:
 
 # ---- seeded data ---------------------------------------------------------------------------------
 
-SAMPLE, STEP, START = 1, 2, 3  # last entry of a seed's key, so that no two kinds of draws share a stream
+SAMPLE, STEP, START = 1, 2, 3  # last entry of a seed's key: no two kinds of draws share a stream
 
 
 def seed_everything(*key):
@@ -683,7 +692,7 @@ def seed_everything(*key):
 
 
 class DataError(Exception):
-    """A bad file of the data, by name. The scripts print the message alone, also out of a data worker."""
+    """A bad file of the data, by name. Scripts print the message alone, even out of a worker."""
 
 
 def open_image(path):
@@ -698,7 +707,7 @@ def open_image(path):
 
 
 def read_rgb(path):
-    """Image file -> Pillow image in RGB. 16-bit grey is scaled; convert() would clip it to white."""
+    """Image file -> Pillow RGB image. 16-bit grey is scaled; convert() would clip it to white."""
     image = open_image(path)
     if image.mode.startswith('I'):
         image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
@@ -741,9 +750,9 @@ def count_classes(classes):
 def load_cifar(args, train, transform=None):
     """torchvision's CIFAR10 or CIFAR100, as DeiT reads it."""
     try:
-        return getattr(torchvision.datasets, args.data_set)(args.data_path, train, transform)
+        return getattr(torchvision.datasets, args.data_set)(args.data_path or '', train, transform)
     except RuntimeError as error:
-        raise SystemExit(f'--data_path {args.data_path} holds no {args.data_set} as torchvision stores it: '
+        raise SystemExit(f'--data_path {args.data_path} holds no {args.data_set} of torchvision: '
                          f'torchvision.datasets.{args.data_set}(path, download=True)') from error
 
 
@@ -768,9 +777,9 @@ class SeededDataset(torch.utils.data.Dataset):
 class SeededSampler(torch.utils.data.Sampler):
     """Yields (pass, index) from an endless stream of passes over the data, each in its own order.
 
-    Epoch e is pass e up to its last whole update. Where training counts iterations, an epoch is a round:
-    the next `round_updates` updates of the stream, `total_updates` in all. At every step all processes
-    together see the same samples, however they are split. `set_epoch` comes before each pass.
+    Epoch e is pass e up to its last whole update. Where training counts iterations, an epoch is a
+    round: the next `round_updates` updates of the stream, `total_updates` in all. At every step all
+    processes together see the same samples, however split. `set_epoch` comes before each pass.
     """
 
     def __init__(self, length, args, round_updates=None, total_updates=None):
@@ -780,19 +789,20 @@ class SeededSampler(torch.utils.data.Sampler):
         self.round_updates, self.total_updates = round_updates, total_updates
         if round_updates is None and length < self.per_step * args.accum_iter:
             raise SystemExit(f'the data set has {length} images, fewer than one batch of '
-                             f'{self.per_step * args.accum_iter} (--batch_size x --accum_iter x processes): '
-                             'lower --batch_size')
+                             f'{self.per_step * args.accum_iter} (--batch_size x --accum_iter '
+                             'x processes): lower --batch_size')
         self.set_epoch(0)
 
     def set_epoch(self, epoch, done=0):
-        """done: samples of this epoch that were trained on before. Returns the step to start from."""
+        """done: samples of this epoch trained on before. Returns the step to start from."""
         per_update = self.per_step * self.accum_iter
         if self.round_updates is None:
             first, updates = epoch * self.length, self.length // per_update
         else:
             first = epoch * self.round_updates * per_update
             updates = min(self.round_updates, self.total_updates - epoch * self.round_updates)
-        left = int(max(0, updates * per_update - done) // per_update)  # updates; other batches may not divide
+        # in whole updates: the batch before a resume may have been another one
+        left = int(max(0, updates * per_update - done) // per_update)
         self.steps = updates * self.accum_iter
         self.done = done if left else updates * per_update
         self.first = first + self.done
@@ -805,7 +815,7 @@ class SeededSampler(torch.utils.data.Sampler):
         return self.done + (step - self.start) * self.per_step
 
     def __len__(self):
-        return self.steps * self.per_step // self.world_size  # of the whole epoch, also after a resume
+        return self.steps * self.per_step // self.world_size  # of the whole epoch, resumed or not
 
     def __iter__(self):
         number = None
@@ -820,7 +830,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def start_worker(_):
-    """Start of a data worker: torchrun signals the whole process group, and the parent needs its workers."""
+    """A data worker's start: torchrun signals the whole group, and the parent needs its workers."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

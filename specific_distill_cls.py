@@ -53,17 +53,17 @@ SHAPE_FLAGS = ('model', 'input_size')  # --eval reads them from the checkpoint
 def get_args_parser():
     """All flags; defaults are the paper's."""
     parser = argparse.ArgumentParser(
-        description='G2SD stage 2: classification (also MAE fine-tuning, and DeiT with a teacher or not)',
+        description='G2SD stage 2: classification (also MAE fine-tuning, DeiT, distilled DeiT)',
         allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group('distillation')
     group.add_argument('--teacher_model', help='by default the one that its checkpoint names, else '
                                                'vit_base_patch16')
-    group.add_argument('--teacher_path', help='its checkpoint, path or https URL; without it, labels alone')
+    group.add_argument('--teacher_path', help='its file or https URL; without it, labels alone')
     group.add_argument('--distillation_type', default='hard', choices=['hard', 'soft', 'none'],
-                       help='the teacher gives its top class, or its distribution; none: no teacher')
+                       help='the teacher gives its top class or distribution; none: no teacher')
     group.add_argument('--distillation_alpha', type=float, default=0.5,
                        help='weight of the teacher, against 1 - alpha for the labels')
-    group.add_argument('--distillation_tau', type=float, default=1.0, help='temperature of the soft type')
+    group.add_argument('--distillation_tau', type=float, default=1.0, help='temperature, soft type')
 
     group = parser.add_argument_group('model')
     group.add_argument('--model', default='vit_small_patch16', help='network to train')
@@ -73,42 +73,42 @@ def get_args_parser():
     group.add_argument('--global_pool', action=argparse.BooleanOptionalAction,
                        help='classify the mean of the patch tokens (default with --finetune and no '
                             'teacher), not the class token')
-    group.add_argument('--drop_path', type=float, default=0.0, help='stochastic depth of the last block')
+    group.add_argument('--drop_path', type=float, default=0.0, help='stochastic depth, last block')
 
     group = parser.add_argument_group('optimisation')
     group.add_argument('--batch_size', type=int, default=128, help='images per process and step')
-    group.add_argument('--accum_iter', type=int, default=1, help='steps whose gradients make one update')
+    group.add_argument('--accum_iter', type=int, default=1, help='steps that make one update')
     group.add_argument('--epochs', type=int, help='200 with --finetune, else 500')
     group.add_argument('--warmup_epochs', type=int, default=5, help='epochs of linear warm-up')
-    group.add_argument('--blr', type=float, help='learning rate per 256 images of the effective batch: '
-                                                 '1e-3 with --finetune, else 2.5e-4')
+    group.add_argument('--blr', type=float, help='learning rate per 256 images of the effective '
+                                                 'batch: 1e-3 with --finetune, else 2.5e-4')
     group.add_argument('--lr', type=float, help='absolute learning rate; overrides --blr')
-    group.add_argument('--min_lr', type=float, default=1e-6, help='end of the cosine (the authors\' code)')
-    group.add_argument('--layer_decay', type=float, help='learning-rate factor per block: 0.75 with '
+    group.add_argument('--min_lr', type=float, default=1e-6, help='cosine end (the authors\' code)')
+    group.add_argument('--layer_decay', type=float, help='lr factor per block: 0.75 with '
                                                          '--finetune, else 1')
     group.add_argument('--weight_decay', type=float, default=0.05,
                        help='none on 1-D parameters, tokens and positions')
-    group.add_argument('--clip_grad', type=float, help='largest gradient norm; by default no clipping')
+    group.add_argument('--clip_grad', type=float, help='largest gradient norm; by default no limit')
 
     group = parser.add_argument_group('augmentation')
-    group.add_argument('--aa', default='rand-m9-mstd0.5-inc1', help='timm AutoAugment policy, or none')
+    group.add_argument('--aa', default='rand-m9-mstd0.5-inc1', help='timm AutoAugment, or none')
     group.add_argument('--reprob', type=float, default=0.25, help='random erasing probability')
     group.add_argument('--mixup', type=float, default=0.8, help='mixup alpha, 0: off')
     group.add_argument('--cutmix', type=float, default=1.0, help='cutmix alpha, 0: off')
     group.add_argument('--smoothing', type=float, default=0.1, help='label smoothing')
 
     group = parser.add_argument_group('data')
-    group.add_argument('--data_path', help='folder with train/CLASS/ and val/CLASS/ (or the CIFAR files)')
+    group.add_argument('--data_path', help='folder with train/CLASS/, val/CLASS/ (or CIFAR files)')
     group.add_argument('--data_set', default='folder', choices=['folder', 'CIFAR10', 'CIFAR100'],
                        help='format of the data')
 
     group = parser.add_argument_group('run')
     group.add_argument('--config', help='args.json of another run: its values become the defaults')
-    group.add_argument('--output_dir', default='output_dir', help='for checkpoint.pth, log.txt, args.json')
-    group.add_argument('--resume', help='checkpoint to go on from, or auto: that in --output_dir, if any')
-    group.add_argument('--eval', action='store_true', help='evaluate the checkpoint of --resume, and stop')
+    group.add_argument('--output_dir', default='output_dir', help='for checkpoint, log, args.json')
+    group.add_argument('--resume', help='checkpoint to resume; auto: that in --output_dir, if any')
+    group.add_argument('--eval', action='store_true', help='only evaluate the --resume checkpoint')
     group.add_argument('--eval_every', type=int, default=1,
-                       help='epochs between evaluations; the first and the last epoch always have one')
+                       help='epochs between evaluations; the first and last always have one')
     group.add_argument('--save_every', type=int, default=0,
                        help='also keep checkpoint-N.pth every so many epochs (or rounds); 0: never')
     group.add_argument('--print_freq', type=int, default=50, help='steps between printed lines')
@@ -117,7 +117,7 @@ def get_args_parser():
     group.add_argument('--device', help='cuda or cpu; by default cuda where there is one')
     group.add_argument('--compile', action='store_true', help='torch.compile the networks')
     group.add_argument('--amp', choices=['bf16', 'fp16', 'off'],
-                       help='autocast type; by default bf16 where the GPU has it, else fp16; off on a CPU')
+                       help='autocast; by default bf16 if the GPU has it, else fp16; off on a CPU')
     return parser
 
 
@@ -132,7 +132,7 @@ def posterize(image, bits_to_keep, **_):
 
 
 def build_transform(args, is_train):
-    """PIL image -> (3, H, W) uint8. Training: DeiT's augmentation; else resize 256/224, centre crop."""
+    """PIL image -> (3, H, W) uint8. Training: as DeiT; else resize 256/224, centre crop."""
     NAME_TO_OP.update(Posterize=posterize, PosterizeIncreasing=posterize)
     tiny = max(args.input_size) <= 32
     if not is_train:
@@ -157,7 +157,7 @@ def open_dataset(args, split, transform=None):
         return models.load_cifar(args, split == 'train', transform)
     root = Path(args.data_path or '', split)
     if not args.data_path or not root.is_dir():
-        raise SystemExit(f'--data_path {args.data_path}: give the folder with train/CLASS/ and val/CLASS/')
+        raise SystemExit(f'--data_path {args.data_path}: give one with train/CLASS/ and val/CLASS/')
     try:
         return torchvision.datasets.ImageFolder(root, transform, loader=models.read_rgb)
     except FileNotFoundError as error:
@@ -173,31 +173,31 @@ def build_data(args):
                'pin_memory': args.device.startswith('cuda'), 'worker_init_fn': models.start_worker}
     val = open_dataset(args, 'val', build_transform(args, is_train=False))
     own_share = [(0, index) for index in range(args.rank, len(val), args.world_size)]
-    val_loader = torch.utils.data.DataLoader(models.SeededDataset(val, args.seed), sampler=own_share,
-                                             **options)
+    val_loader = torch.utils.data.DataLoader(
+        models.SeededDataset(val, args.seed), sampler=own_share, **options)
     if args.eval:
         print(f'data: {len(val)} images to evaluate on, {models.count_classes(val.classes)}')
         return None, val_loader, val.classes
     train = open_dataset(args, 'train', build_transform(args, is_train=True))
     if train.classes != val.classes:
         odd = min(set(train.classes) ^ set(val.classes))
-        raise SystemExit(f'--data_path: train/ and val/ hold different classes, for example {odd!r}')
+        raise SystemExit(f'--data_path: train/ and val/ hold different classes, e.g. {odd!r}')
     sampler = models.SeededSampler(len(train), args)
     train_loader = torch.utils.data.DataLoader(
         models.SeededDataset(train, args.seed), sampler=sampler,
         persistent_workers=args.num_workers > 0, **options)
-    print(f'data: {len(train)} training images, {len(sampler) * args.world_size} an epoch, {len(val)} to '
-          f'evaluate on, {models.count_classes(train.classes)}')
+    print(f'data: {len(train)} training images, {len(sampler) * args.world_size} an epoch, '
+          f'{len(val)} to evaluate on, {models.count_classes(train.classes)}')
     return train_loader, val_loader, train.classes
 
 
 def load_classifier(path, name, img_size, classes):
-    """The classifier that a checkpoint holds (distilled or not, pooled or not), frozen, in eval mode."""
+    """A checkpoint's classifier (distilled or not, pooled or not), frozen and in eval mode."""
     checkpoint = models.read_checkpoint(path)
     state = models.flat_state_dict(checkpoint, path)
     if 'head.weight' not in state:
-        raise SystemExit(f'{path} has no classification head (head.weight): give a checkpoint of this '
-                         'script, or one fine-tuned by MAE, DeiT or timm')
+        raise SystemExit(f'{path} has no classification head (head.weight): give a checkpoint of '
+                         'this script, or one fine-tuned by MAE, DeiT or timm')
     models.check_classes(checkpoint.get('classes'), classes, path)
     num_classes = len(state['head.weight'])
     if num_classes != len(classes):
@@ -212,14 +212,15 @@ def load_classifier(path, name, img_size, classes):
 
 def label_loss(logits, labels, smoothing=0.0):
     """Cross-entropy in float32. labels: (N,) indices, which are smoothed, or (N, C) from mixup."""
-    return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing if labels.ndim == 1 else 0.0)
+    return F.cross_entropy(
+        logits.float(), labels, label_smoothing=smoothing if labels.ndim == 1 else 0.0)
 
 
 def distillation_loss(class_logits, dist_logits, labels, teacher_logits, distillation_type='hard',
                       alpha=0.5, tau=1.0, smoothing=0.0):
-    """DeiT's loss: (1 - alpha) * CE(class head, labels) + alpha * (distillation head against teacher).
+    """DeiT's loss: (1 - alpha) * CE(class head, labels) + alpha * (distillation head vs teacher).
 
-    class_logits, dist_logits, teacher_logits: (N, C), any float dtype; labels as in `label_loss`. The
+    class_logits, dist_logits, teacher_logits: (N, C), any float; labels as in `label_loss`. The
     teacher saw the same, mixed images. 'hard': CE to its top class; 'soft': tau^2 * KL(teacher ||
     student), summed over classes, mean over N; 'none': the labels alone. Returns a scalar, float32.
     Source: Touvron et al., ICML 2021; G2SD supplement, classification.
@@ -239,11 +240,11 @@ def distillation_loss(class_logits, dist_logits, labels, teacher_logits, distill
 # ---- training ------------------------------------------------------------------------------------
 
 
-def train_one_epoch(model, teacher, loader, optimizer, scheduler, scaler, mixup, meter, device, epoch,
-                    start, args):
-    """Trains from step `start` on; returns the number of steps done, fewer than all after a signal."""
+def train_one_epoch(model, teacher, loader, optimizer, scheduler, scaler, mixup, meter, device,
+                    epoch, start, args):
+    """Trains from step `start` on; returns the steps done, fewer than all after a signal."""
     model.train()
-    erase = RandomErasing(args.reprob, mode='pixel', device=device)  # normal noise, on normalised images
+    erase = RandomErasing(args.reprob, mode='pixel', device=device)  # normal noise, once normalised
     for step, (images, labels) in meter.log_every(loader, epoch, start):
         if step % args.accum_iter == 0:
             scheduler.step(epoch + step / len(loader))
@@ -292,10 +293,11 @@ def evaluate(model, loader, device, args):
     loss, top1, top5, count = sums.tolist()
     top1, top5 = 100 * top1 / count, 100 * top5 / count
     print(f'test: top-1 {top1:.2f} % top-5 {top5:.2f} % of {count:.0f} images')
-    return {'test_loss': loss / count, 'test_acc1': top1, 'test_acc5': top5, 'test_images': int(count)}
+    return {'test_loss': loss / count, 'test_acc1': top1, 'test_acc5': top5,
+            'test_images': int(count)}
 
 
-# ---- run plumbing: the same lines in all four scripts (tests/test_shared.py) ----------------------
+# ---- run plumbing: the same lines in all four scripts (tests/test_shared.py) ---------------------
 
 AMP_DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'off': None}
 ORIGIN = ('commit', 'versions', 'hardware')  # what args.json holds besides the flags
@@ -303,11 +305,11 @@ stop_signal = threading.Event()
 
 
 def parse_args(parser):
-    """The command line's flags; --config and, with --eval, the checkpoint's own args give defaults."""
+    """The command line's flags; --config and, with --eval, the checkpoint's args give defaults."""
     args, stored = parser.parse_args(), {}
     if args.config:
         if not Path(args.config).is_file():
-            raise SystemExit(f'--config {args.config}: there is no such file, give the args.json of a run')
+            raise SystemExit(f'--config {args.config}: no such file, give the args.json of a run')
         stored = json.loads(Path(args.config).read_text())
         for name in ('config', 'output_dir', 'resume', *ORIGIN):
             stored.pop(name, None)
@@ -341,28 +343,32 @@ def setup(args):
     if cuda:
         torch.cuda.set_device(device)
     if args.distributed:  # tensors on the CPU go over gloo, and wait for no GPU
-        dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo', timeout=timedelta(minutes=30))
+        dist.init_process_group(
+            'cpu:gloo,cuda:nccl' if cuda else 'gloo', timeout=timedelta(minutes=30))
     if args.rank:
         sys.stdout = open(os.devnull, 'w')
     sys.stdout.reconfigure(line_buffering=True)
     if args.amp is None:
         bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         args.amp = 'bf16' if bf16 else 'fp16' if cuda else 'off'
-    timm.layers.set_fused_attn(cuda)  # on a CPU the fused kernel is the slower one, by a fifth in bf16
+    timm.layers.set_fused_attn(cuda)  # on a CPU the fused kernel is slower, by a fifth in bf16
     models.seed_everything(args.seed, models.START)
     git = ['git', '-C', str(Path(__file__).resolve().parent), 'describe', '--always', '--dirty']
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or 'unknown'
-    versions = f'torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}'
+    versions = (f'torch {torch.__version__}, torchvision {torchvision.__version__}, '
+                f'timm {timm.__version__}')
     hardware = f'{args.world_size} x {torch.cuda.get_device_name() if cuda else "cpu"}'
-    print(f'command: {shlex.join(sys.argv)}\ncommit {commit}, {versions}, {hardware}, amp {args.amp}')
+    print(f'command: {shlex.join(sys.argv)}\n'
+          f'commit {commit}, {versions}, {hardware}, amp {args.amp}')
     if getattr(args, 'eval', False):
         return device
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    own = args.resume and (args.resume == 'auto' or Path(args.resume).parent.resolve() == folder.resolve())
+    own = args.resume and (
+        args.resume == 'auto' or Path(args.resume).parent.resolve() == folder.resolve())
     if not own and ((folder / 'checkpoint.pth').exists() or (folder / 'previous.pth').exists()):
-        raise SystemExit(f'--output_dir {folder} holds another run: choose another folder, or go on with '
-                         'it by --resume auto')
+        raise SystemExit(f'--output_dir {folder} holds another run: choose another folder, or '
+                         'go on with it by --resume auto')
     if args.rank == 0:
         origin = dict(zip(ORIGIN, (commit, versions, hardware)))
         (folder / 'args.json').write_text(json.dumps(given | origin, indent=2) + '\n')
@@ -424,8 +430,8 @@ def main(args):
     if args.distillation_type == 'none':
         args.teacher_path = None
     if args.global_pool and args.teacher_path:
-        raise SystemExit('--global_pool and --teacher_path exclude each other: a distilled network reads '
-                         'its class and distillation tokens')
+        raise SystemExit('--global_pool and --teacher_path exclude each other: a distilled network '
+                         'reads its class and distillation tokens')
     if args.global_pool is None:
         args.global_pool = bool(args.finetune and not args.teacher_path)
     recipe = 'fine-tuning' if args.finetune else 'from scratch'
@@ -435,8 +441,8 @@ def main(args):
     if args.warmup_epochs >= args.epochs:
         raise SystemExit(f'--warmup_epochs {args.warmup_epochs} must be below --epochs {args.epochs}')
     if (args.mixup or args.cutmix) and args.batch_size % 2 and not args.eval:
-        raise SystemExit(f'--batch_size {args.batch_size}: mixup and cutmix pair images and need an even '
-                         'number, or --mixup 0 --cutmix 0')
+        raise SystemExit(f'--batch_size {args.batch_size}: mixup and cutmix pair images and need '
+                         'an even number, or --mixup 0 --cutmix 0')
     args.input_size = models.check_img_size(args.input_size, models.parse_name(args.model).patch)
     # 2. data
     loader, val_loader, classes = build_data(args)
@@ -472,8 +478,8 @@ def main(args):
     if args.lr is None:
         args.lr = args.blr * batch / 256
     print(f'arguments: {vars(args)}\nrecipe: Table 1, {recipe}, '
-          f'{args.distillation_type if teacher else "no"} distillation, effective batch {batch} (the paper '
-          f'has {PAPER_BATCH}), lr {args.lr:.3g}')
+          f'{args.distillation_type if teacher else "no"} distillation, effective batch {batch} '
+          f'(the paper has {PAPER_BATCH}), lr {args.lr:.3g}')
     optimizer = create_optimizer_v2(
         model_without_ddp, opt='adamw', lr=args.lr, weight_decay=args.weight_decay,
         layer_decay=args.layer_decay, fused=True)
@@ -483,8 +489,8 @@ def main(args):
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
     mixup = None
     if args.mixup or args.cutmix:
-        mixup = Mixup(mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, label_smoothing=args.smoothing,
-                      num_classes=len(classes))
+        mixup = Mixup(mixup_alpha=args.mixup, cutmix_alpha=args.cutmix,
+                      label_smoothing=args.smoothing, num_classes=len(classes))
     # 6. resume
     meter = models.Meter(args, optimizer, args.epochs)
     parts = {'model': model_without_ddp, 'optimizer': optimizer, 'scaler': scaler, 'meter': meter}
@@ -492,8 +498,8 @@ def main(args):
     # 7. epochs: train, save, evaluate, log
     for epoch in range(first_epoch, args.epochs):
         start = loader.sampler.set_epoch(epoch, samples)
-        step = train_one_epoch(model, teacher, loader, optimizer, scheduler, scaler, mixup, meter, device,
-                               epoch, start, args)
+        step = train_one_epoch(model, teacher, loader, optimizer, scheduler, scaler, mixup, meter,
+                               device, epoch, start, args)
         models.save_checkpoint(args, epoch, step, loader, classes, **parts)
         if step < len(loader):
             print('stopped by a signal: --resume auto goes on from here')

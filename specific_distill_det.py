@@ -7,9 +7,9 @@ Reads:   --data_path   COCO: annotations/instances_{train,val}2017.json, train20
 8 GPUs:  torchrun --nproc_per_node=8 specific_distill_det.py --data_path COCO \
          --finetune runs/generic/checkpoint.pth --teacher_path runs/teacher_det/checkpoint.pth
 CPU:     python tools/toy_data.py --out toy --only coco
-         python specific_distill_det.py --data_path toy/coco --model vit_pico_patch8 --input_size 64 \
-         --window_size 4 --fpn_dim 16 --head_dim 64 --anchor_size 8 --proposals 100 --roi_batch 32 \
-         --lr 2e-3 --batch_size 4 --iterations 200 --eval_every 100 --warmup_iterations 20
+         python specific_distill_det.py --data_path toy/coco --model vit_pico_patch8 --lr 2e-3 \
+         --input_size 64 --window_size 4 --fpn_dim 16 --head_dim 64 --anchor_size 8 --roi_batch 32 \
+         --proposals 100 --batch_size 4 --iterations 200 --eval_every 100 --warmup_iterations 20
 Writes:  output_dir/checkpoint.pth, log.txt (JSON per --eval_every iterations), args.json
 Without a teacher it is plain ViTDet. Evaluation: --eval --resume CHECKPOINT.
 """
@@ -68,14 +68,14 @@ def get_args_parser():
     group = parser.add_argument_group('distillation')
     group.add_argument('--teacher_model', help='by default the one that its checkpoint names, else '
                                                'vit_base_patch16')
-    group.add_argument('--teacher_path', help='its checkpoint, path or https URL; without it, labels alone')
+    group.add_argument('--teacher_path', help='its file or https URL; without it, labels alone')
     group.add_argument('--fpn_weight', type=float, default=0.001, help='weight of the feature loss')
     group.add_argument('--head_weight', type=float, default=0.1, help='weight of the logit loss')
     group.add_argument('--distill_warmup', type=int, default=500, help='updates to both weights')
 
     group = parser.add_argument_group('model')
     group.add_argument('--model', default='vit_small_patch16', help='network to train')
-    group.add_argument('--finetune', help='checkpoint to start the backbone from, path or https URL')
+    group.add_argument('--finetune', help='start weights of the backbone, path or https URL')
     group.add_argument('--input_size', type=int, nargs='+', default=[1024],
                        help='pixels: side of the square input, a multiple of 4 patches')
     group.add_argument('--window_size', type=int, default=14, help='of attention, in patches')
@@ -85,23 +85,23 @@ def get_args_parser():
                        help='pixels: side of the smallest anchors; lower it with the input size')
     group.add_argument('--proposals', type=int, default=1000, help='regions per image from the RPN')
     group.add_argument('--roi_batch', type=int, default=512, help='regions per image to train on')
-    group.add_argument('--drop_path', type=float, default=0.1, help='stochastic depth of the last block')
+    group.add_argument('--drop_path', type=float, default=0.1, help='stochastic depth, last block')
     group.add_argument('--grad_checkpointing', action='store_true',
-                       help='save memory by computing the blocks a second time in the backward pass')
+                       help='save memory by computing the blocks again in the backward pass')
 
     group = parser.add_argument_group('optimisation')
     group.add_argument('--batch_size', type=int, default=8, help='images per process and step')
-    group.add_argument('--accum_iter', type=int, default=1, help='steps whose gradients make one update')
+    group.add_argument('--accum_iter', type=int, default=1, help='steps that make one update')
     group.add_argument('--iterations', type=int, default=184375,
                        help='updates; 184375 of 64 images are 100 epochs of COCO')
     group.add_argument('--warmup_iterations', type=int, default=250,
                        help='updates of linear warm-up from 0.001 of the learning rate')
     group.add_argument('--lr', type=float, default=1e-4,
                        help='a tenth of it after 8/9 of the iterations, a hundredth after 26/27')
-    group.add_argument('--layer_decay', type=float, default=0.7, help='learning-rate factor per block')
+    group.add_argument('--layer_decay', type=float, default=0.7, help='lr factor per block')
     group.add_argument('--weight_decay', type=float, default=0.05,
                        help='none on 1-D parameters and positions; ViTDet-B, the teacher, has 0.1')
-    group.add_argument('--clip_grad', type=float, help='largest gradient norm; by default no clipping')
+    group.add_argument('--clip_grad', type=float, help='largest gradient norm; by default no limit')
 
     group = parser.add_argument_group('augmentation')
     group.add_argument('--scale_jitter', type=float, nargs=2, default=[0.1, 2.0],
@@ -109,18 +109,18 @@ def get_args_parser():
 
     group = parser.add_argument_group('data')
     group.add_argument('--data_path', help='folder with annotations/, train2017/ and val2017/')
-    group.add_argument('--train_annotations', help='in place of annotations/instances_train2017.json')
+    group.add_argument('--train_annotations', help='replaces annotations/instances_train2017.json')
     group.add_argument('--train_images', help='folder in place of train2017/')
-    group.add_argument('--val_annotations', help='in place of annotations/instances_val2017.json')
+    group.add_argument('--val_annotations', help='replaces annotations/instances_val2017.json')
     group.add_argument('--val_images', help='folder in place of val2017/')
 
     group = parser.add_argument_group('run')
     group.add_argument('--config', help='args.json of another run: its values become the defaults')
-    group.add_argument('--output_dir', default='output_dir', help='for checkpoint.pth, log.txt, args.json')
-    group.add_argument('--resume', help='checkpoint to go on from, or auto: that in --output_dir, if any')
-    group.add_argument('--eval', action='store_true', help='evaluate the checkpoint of --resume, and stop')
+    group.add_argument('--output_dir', default='output_dir', help='for checkpoint, log, args.json')
+    group.add_argument('--resume', help='checkpoint to resume; auto: that in --output_dir, if any')
+    group.add_argument('--eval', action='store_true', help='only evaluate the --resume checkpoint')
     group.add_argument('--eval_every', type=int, default=5000,
-                       help='updates of a round, which ends with a checkpoint, an evaluation and a log line')
+                       help='updates per round, then a checkpoint, an evaluation and a log line')
     group.add_argument('--results_json', help='for the last detections, in COCO\'s format')
     group.add_argument('--save_every', type=int, default=0,
                        help='also keep checkpoint-N.pth every so many epochs (or rounds); 0: never')
@@ -130,7 +130,7 @@ def get_args_parser():
     group.add_argument('--device', help='cuda or cpu; by default cuda where there is one')
     group.add_argument('--compile', action='store_true', help='torch.compile the networks')
     group.add_argument('--amp', choices=['bf16', 'fp16', 'off'],
-                       help='autocast type; by default bf16 where the GPU has it, else fp16; off on a CPU')
+                       help='autocast; by default bf16 if the GPU has it, else fp16; off on a CPU')
     return parser
 
 
@@ -301,8 +301,8 @@ def coco_paths(args, split):
     annotations = getattr(args, f'{split}_annotations')
     images = getattr(args, f'{split}_images')
     if not args.data_path and not (annotations and images):
-        raise SystemExit('--data_path is missing: the folder with annotations/, train2017/, val2017/, '
-                         f'or give --{split}_annotations and --{split}_images')
+        raise SystemExit('--data_path is missing: the folder with annotations/, train2017/, '
+                         f'val2017/, or give --{split}_annotations and --{split}_images')
     annotations = annotations or f'{args.data_path}/annotations/instances_{split}2017.json'
     images = images or f'{args.data_path}/{split}2017'
     if not Path(images).is_dir():
@@ -663,8 +663,8 @@ def frs_loss(student_features, teacher_features, student_logits, teacher_logits)
 # ---- training ------------------------------------------------------------------------------------
 
 
-def train_one_epoch(model, teacher, loader, optimizer, scheduler, scaler, meter, device, epoch, start,
-                    args):
+def train_one_epoch(model, teacher, loader, optimizer, scheduler, scaler, meter, device, epoch,
+                    start, args):
     """Trains a round of --eval_every iterations from step `start` on.
 
     Returns the number of steps done, fewer than all after a signal.
@@ -777,7 +777,7 @@ def evaluate(model, loader, coco, device, args):
     return stats
 
 
-# ---- run plumbing: the same lines in all four scripts (tests/test_shared.py) ----------------------
+# ---- run plumbing: the same lines in all four scripts (tests/test_shared.py) ---------------------
 
 AMP_DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'off': None}
 ORIGIN = ('commit', 'versions', 'hardware')  # what args.json holds besides the flags
@@ -785,11 +785,11 @@ stop_signal = threading.Event()
 
 
 def parse_args(parser):
-    """The command line's flags; --config and, with --eval, the checkpoint's own args give defaults."""
+    """The command line's flags; --config and, with --eval, the checkpoint's args give defaults."""
     args, stored = parser.parse_args(), {}
     if args.config:
         if not Path(args.config).is_file():
-            raise SystemExit(f'--config {args.config}: there is no such file, give the args.json of a run')
+            raise SystemExit(f'--config {args.config}: no such file, give the args.json of a run')
         stored = json.loads(Path(args.config).read_text())
         for name in ('config', 'output_dir', 'resume', *ORIGIN):
             stored.pop(name, None)
@@ -823,28 +823,32 @@ def setup(args):
     if cuda:
         torch.cuda.set_device(device)
     if args.distributed:  # tensors on the CPU go over gloo, and wait for no GPU
-        dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo', timeout=timedelta(minutes=30))
+        dist.init_process_group(
+            'cpu:gloo,cuda:nccl' if cuda else 'gloo', timeout=timedelta(minutes=30))
     if args.rank:
         sys.stdout = open(os.devnull, 'w')
     sys.stdout.reconfigure(line_buffering=True)
     if args.amp is None:
         bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         args.amp = 'bf16' if bf16 else 'fp16' if cuda else 'off'
-    timm.layers.set_fused_attn(cuda)  # on a CPU the fused kernel is the slower one, by a fifth in bf16
+    timm.layers.set_fused_attn(cuda)  # on a CPU the fused kernel is slower, by a fifth in bf16
     models.seed_everything(args.seed, models.START)
     git = ['git', '-C', str(Path(__file__).resolve().parent), 'describe', '--always', '--dirty']
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or 'unknown'
-    versions = f'torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}'
+    versions = (f'torch {torch.__version__}, torchvision {torchvision.__version__}, '
+                f'timm {timm.__version__}')
     hardware = f'{args.world_size} x {torch.cuda.get_device_name() if cuda else "cpu"}'
-    print(f'command: {shlex.join(sys.argv)}\ncommit {commit}, {versions}, {hardware}, amp {args.amp}')
+    print(f'command: {shlex.join(sys.argv)}\n'
+          f'commit {commit}, {versions}, {hardware}, amp {args.amp}')
     if getattr(args, 'eval', False):
         return device
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    own = args.resume and (args.resume == 'auto' or Path(args.resume).parent.resolve() == folder.resolve())
+    own = args.resume and (
+        args.resume == 'auto' or Path(args.resume).parent.resolve() == folder.resolve())
     if not own and ((folder / 'checkpoint.pth').exists() or (folder / 'previous.pth').exists()):
-        raise SystemExit(f'--output_dir {folder} holds another run: choose another folder, or go on with '
-                         'it by --resume auto')
+        raise SystemExit(f'--output_dir {folder} holds another run: choose another folder, or '
+                         'go on with it by --resume auto')
     if args.rank == 0:
         origin = dict(zip(ORIGIN, (commit, versions, hardware)))
         (folder / 'args.json').write_text(json.dumps(given | origin, indent=2) + '\n')
@@ -907,8 +911,8 @@ def main(args):
     args.input_size = models.check_img_size(args.input_size, patch)
     side, other_side = args.input_size
     if patch % 4 or side != other_side or side % (4 * patch):
-        raise SystemExit(f'--input_size {side} {other_side} and {args.model}: detection needs a patch '
-                         'that 4 divides, and a square of a multiple of 4 patches')
+        raise SystemExit(f'--input_size {side} {other_side} and {args.model}: detection needs a '
+                         'patch that 4 divides, and a square of a multiple of 4 patches')
     if args.warmup_iterations >= args.iterations:
         raise SystemExit(f'--warmup_iterations {args.warmup_iterations} must be below --iterations '
                          f'{args.iterations}')
@@ -957,7 +961,7 @@ def main(args):
     parts = {'model': detector, 'optimizer': optimizer, 'scaler': scaler, 'meter': meter}
     if teacher is not None:
         parts['adapters'] = adapters
-    first_round, samples = models.resume(args, classes, fixed=('eval_every',), **parts)
+    first_round, samples = models.resume(args, classes, fixed=('eval_every', 'iterations'), **parts)
     # 7. rounds: train, save, evaluate, log
     for epoch in range(first_round, rounds):
         start = loader.sampler.set_epoch(epoch, samples)
@@ -971,8 +975,8 @@ def main(args):
         stats = evaluate(detector, val_loader, val_coco, device, args)
         write_log(args, {'iteration': done, **meter.stats(), **stats})
         samples = 0
-    print(f'done: {args.iterations} iterations in {timedelta(seconds=int(meter.seconds))} of training, '
-          f'see {args.output_dir}')
+    print(f'done: {args.iterations} iterations in {timedelta(seconds=int(meter.seconds))} '
+          f'of training, see {args.output_dir}')
 
 
 if __name__ == '__main__':

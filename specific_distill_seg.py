@@ -1,9 +1,9 @@
-"""Stage 2, specific distillation for semantic segmentation: UPerNet on a ViT, taught by a larger one.
+"""Stage 2, specific distillation for segmentation: UPerNet on a ViT, taught by a larger one.
 
 Paper:   G2SD (Huang, Peng et al., CVPR 2023, arXiv 2302.14771), supplement on segmentation
 Network: BEiT's for ADE20K (Bao et al., ICLR 2022), UPerNet (Xiao et al., ECCV 2018)
 Reads:   --data_path   ADE20K, or its layout: images/SPLIT/*.jpg, annotations/SPLIT/*.png
-         --finetune    start weights of the backbone: stage 1's checkpoint, MAE, DeiT, DINO, iBOT, timm
+         --finetune    backbone's start weights: stage 1's checkpoint, MAE, DeiT, DINO, iBOT, timm
          --teacher_path   a checkpoint of this script; without it labels alone teach
 8 GPUs:  torchrun --nproc_per_node=8 specific_distill_seg.py --data_path ADE20K \
          --finetune runs/generic/checkpoint.pth --teacher_path runs/teacher_seg/checkpoint.pth
@@ -55,36 +55,36 @@ SHAPE_FLAGS = ('model', 'input_size', 'reduce_zero_label', 'nb_classes')
 def get_args_parser():
     """All flags; defaults are the paper's."""
     parser = argparse.ArgumentParser(
-        description='G2SD stage 2: semantic segmentation (also plain UPerNet on a ViT, and its teacher)',
+        description='G2SD stage 2: semantic segmentation (also plain UPerNet, and its teacher)',
         allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group('distillation')
     group.add_argument('--teacher_model', help='by default the one that its checkpoint names, else '
                                                'vit_base_patch16')
-    group.add_argument('--teacher_path', help='its checkpoint, path or https URL; without it, labels alone')
+    group.add_argument('--teacher_path', help='its file or https URL; without it, labels alone')
     group.add_argument('--cwd_weight', type=float, default=3.0, help='weight alpha of distillation')
-    group.add_argument('--cwd_tau', type=float, default=1.0, help='temperature: above 1, softer maps')
+    group.add_argument('--cwd_tau', type=float, default=1.0, help='temperature, softer above 1')
 
     group = parser.add_argument_group('model')
     group.add_argument('--model', default='vit_small_patch16', help='network to train')
-    group.add_argument('--finetune', help='checkpoint to start the backbone from, path or https URL')
+    group.add_argument('--finetune', help='start weights of the backbone, path or https URL')
     group.add_argument('--input_size', type=int, nargs='+', default=[512],
                        help='side of crops and windows in pixels; images have this short side')
-    group.add_argument('--drop_path', type=float, default=0.1, help='stochastic depth of the last block')
+    group.add_argument('--drop_path', type=float, default=0.1, help='stochastic depth, last block')
     group.add_argument('--grad_checkpointing', action='store_true',
-                       help='save memory by computing the blocks a second time in the backward pass')
+                       help='save memory by computing the blocks again in the backward pass')
 
     group = parser.add_argument_group('optimisation')
     group.add_argument('--batch_size', type=int, default=4, help='images per process and step')
-    group.add_argument('--accum_iter', type=int, default=1, help='steps whose gradients make one update')
+    group.add_argument('--accum_iter', type=int, default=1, help='steps that make one update')
     group.add_argument('--iterations', type=int, default=160000, help='updates')
     group.add_argument('--warmup_iterations', type=int, default=1500,
                        help='updates of linear warm-up from a millionth of the learning rate')
     group.add_argument('--lr', type=float,
                        help='learning rate, falling to 0: 5e-4 for vit_tiny and below, else 2e-4')
-    group.add_argument('--layer_decay', type=float, default=0.75, help='learning-rate factor per block')
+    group.add_argument('--layer_decay', type=float, default=0.75, help='lr factor per block')
     group.add_argument('--weight_decay', type=float, default=0.05,
                        help='none on 1-D parameters, tokens and positions')
-    group.add_argument('--clip_grad', type=float, help='largest gradient norm; by default no clipping')
+    group.add_argument('--clip_grad', type=float, help='largest gradient norm; by default no limit')
     group.add_argument('--aux_weight', type=float, default=0.4, help='weight of the auxiliary loss')
 
     group = parser.add_argument_group('augmentation')
@@ -98,18 +98,18 @@ def get_args_parser():
     group.add_argument('--train_split', default='training', help='split to train on')
     group.add_argument('--val_split', default='validation', help='split to evaluate on')
     group.add_argument('--nb_classes', type=int,
-                       help='by default from objectInfo150.txt or classes.txt (lines of value and name) '
-                            'in --data_path, else from the labels')
+                       help='by default from objectInfo150.txt or classes.txt (lines of value and '
+                            'name) in --data_path, else from the labels')
     group.add_argument('--reduce_zero_label', action=argparse.BooleanOptionalAction, default=True,
                        help='label 0 means ignore, classes count from 1 as in ADE20K; else from 0')
 
     group = parser.add_argument_group('run')
     group.add_argument('--config', help='args.json of another run: its values become the defaults')
-    group.add_argument('--output_dir', default='output_dir', help='for checkpoint.pth, log.txt, args.json')
-    group.add_argument('--resume', help='checkpoint to go on from, or auto: that in --output_dir, if any')
-    group.add_argument('--eval', action='store_true', help='evaluate the checkpoint of --resume, and stop')
+    group.add_argument('--output_dir', default='output_dir', help='for checkpoint, log, args.json')
+    group.add_argument('--resume', help='checkpoint to resume; auto: that in --output_dir, if any')
+    group.add_argument('--eval', action='store_true', help='only evaluate the --resume checkpoint')
     group.add_argument('--eval_every', type=int, default=16000,
-                       help='updates of a round, which ends with a checkpoint, an evaluation and a log line')
+                       help='updates per round, then a checkpoint, an evaluation and a log line')
     group.add_argument('--save_every', type=int, default=0,
                        help='also keep checkpoint-N.pth every so many epochs (or rounds); 0: never')
     group.add_argument('--print_freq', type=int, default=50, help='steps between printed lines')
@@ -118,7 +118,7 @@ def get_args_parser():
     group.add_argument('--device', help='cuda or cpu; by default cuda where there is one')
     group.add_argument('--compile', action='store_true', help='torch.compile the networks')
     group.add_argument('--amp', choices=['bf16', 'fp16', 'off'],
-                       help='autocast type; by default bf16 where the GPU has it, else fp16; off on a CPU')
+                       help='autocast; by default bf16 if the GPU has it, else fp16; off on a CPU')
     return parser
 
 
@@ -131,12 +131,12 @@ def list_pairs(data_path, split):
     found = sorted(path for path in images.glob('*') if path.suffix.lower() in IMAGE_ENDINGS)
     labels = {path.stem: path for path in annotations.glob('*') if path.suffix.lower() == '.png'}
     if not data_path or not found or not labels:
-        raise SystemExit(f'--data_path {data_path}: give a folder with images in images/{split}/ and '
-                         f'labels in annotations/{split}/')
+        raise SystemExit(f'--data_path {data_path}: give a folder with images in images/{split}/ '
+                         f'and labels in annotations/{split}/')
     pairs = [(path, labels.pop(path.stem, None)) for path in found]
     unlabelled = [image for image, label in pairs if label is None]
     if unlabelled:
-        raise SystemExit(f'{unlabelled[0]} has no label in {annotations}: add it, or remove the image')
+        raise SystemExit(f'{unlabelled[0]} has no label in {annotations}: add it or drop the image')
     return pairs, len(labels)
 
 
@@ -184,8 +184,8 @@ def read_classes(args, pairs):
         number = int(largest) + 1
     classes = [names.get(value, f'class {value}') for value in range(first, first + number)]
     if not 2 <= number <= 254 or len(set(classes)) < number:
-        raise SystemExit(f'{number} classes of {len(set(classes))} names: 2 to 254 are possible, none '
-                         'twice; see --nb_classes and --reduce_zero_label')
+        raise SystemExit(f'{number} classes of {len(set(classes))} names: 2 to 254 are possible, '
+                         'none twice; see --nb_classes and --reduce_zero_label')
     return classes
 
 
@@ -193,8 +193,8 @@ class SegmentationDataset(torch.utils.data.Dataset):
     """Images with labels, prepared for the network.
 
     Training: index -> (image (3, S, S) normalised float, label (S, S) uint8), scaled, cropped,
-    flipped, distorted, padded right and below with zeros and 255. Evaluation: the image's short side
-    becomes S, its long one at most 4 S; the label keeps its size.
+    flipped, distorted, padded right and below with zeros and 255. Evaluation: the image's short
+    side becomes S, its long one at most 4 S; the label keeps its size.
     """
 
     def __init__(self, pairs, num_classes, args, is_train):
@@ -211,12 +211,12 @@ class SegmentationDataset(torch.utils.data.Dataset):
         image = v2.functional.pil_to_tensor(models.read_rgb(image_path))
         label = read_label(label_path, self.args.reduce_zero_label)
         if image.shape[1:] != label.shape:
-            raise models.DataError(f'{label_path} is {tuple(label.shape)} pixels high and wide, its '
-                                   f'image {tuple(image.shape[1:])}: mend or remove both')
+            raise models.DataError(f'{label_path} is {tuple(label.shape)} pixels high and wide, '
+                                   f'its image {tuple(image.shape[1:])}: mend or remove both')
         beyond = label[(label >= self.num_classes) & (label != IGNORE)]
         if len(beyond):
             value = int(beyond[0]) + int(self.args.reduce_zero_label)
-            raise models.DataError(f'{label_path} has the label {value}, beyond the {self.num_classes} '
+            raise models.DataError(f'{label_path} has label {value}, beyond the {self.num_classes} '
                                    'classes: see --nb_classes and --reduce_zero_label')
         if not self.is_train:
             image = v2.functional.resize(image, scaled_size(label.shape, self.size))
@@ -234,14 +234,14 @@ class SegmentationDataset(torch.utils.data.Dataset):
 
 
 class PhotometricDistortion(v2.RandomPhotometricDistort):
-    """Brightness, contrast, saturation and hue; no permutation of channels, as in mmsegmentation."""
+    """Brightness, contrast, saturation, hue; no permutation of channels, as in mmsegmentation."""
 
     def make_params(self, flat_inputs):
         return {**super().make_params(flat_inputs), 'channel_permutation': None}
 
 
 def scaled_size(size, short):
-    """(height, width) -> [height, width] with the short side `short`, the long one at most 4 short."""
+    """(height, width) -> [height, width] with short side `short`, the long one at most 4 short."""
     scale = min(short / min(size), 4 * short / max(size))  # the recipe's (2048, 512)
     return [max(1, int(side * scale + 0.5)) for side in size]
 
@@ -428,15 +428,15 @@ def load_segmenter(path, classes, args, name=None):
 
 
 def cwd_loss(student_logits, teacher_logits, tau=1.0):
-    """Channel-wise distillation: tau^2 KL(teacher || student) of softmax(logits / tau) over positions.
+    """Channel-wise distillation: tau^2 KL(teacher || student), softmax(logits/tau) over positions.
 
-    Both (N, C, h, w), any float dtype, computed in float32. Returns a scalar, the mean over N and C.
+    Both (N, C, h, w), any float dtype, computed in float32. Returns a scalar, the mean over N, C.
     Raises ValueError if the shapes differ.
     Source: G2SD supplement; Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction"
     (ICCV 2021). The authors' code has the cross-entropy: the same gradient, another value.
     """
     if student_logits.shape != teacher_logits.shape:
-        raise ValueError(f'logits differ in shape: {student_logits.shape} and {teacher_logits.shape}')
+        raise ValueError(f'logits differ in shape: {student_logits.shape}, {teacher_logits.shape}')
     student = (student_logits.float().flatten(2) / tau).log_softmax(dim=2)  # (N, C, h*w)
     teacher = (teacher_logits.float().flatten(2) / tau).log_softmax(dim=2)
     divergence = F.kl_div(student, teacher, reduction='none', log_target=True).sum(dim=2)
@@ -455,9 +455,9 @@ def pixel_loss(logits, labels):
 # ---- training ------------------------------------------------------------------------------------
 
 
-def train_one_epoch(model, teacher, loader, optimizer, scheduler, scaler, meter, device, epoch, start,
-                    args):
-    """Trains from step `start` on; returns the number of steps done, fewer than all after a signal."""
+def train_one_epoch(model, teacher, loader, optimizer, scheduler, scaler, meter, device, epoch,
+                    start, args):
+    """Trains from step `start` on; returns the steps done, fewer than all after a signal."""
     model.train()
     for step, (images, labels) in meter.log_every(loader, epoch, start):
         if step % args.accum_iter == 0:
@@ -541,15 +541,15 @@ def evaluate(model, loader, classes, device, args):
         dist.all_reduce(confusion)
     stats = segmentation_scores(confusion.view(len(classes), -1).cpu(), classes)
     stats['test_images'] = len(loader.dataset)
-    print(f'test: mIoU {stats["test_mIoU"]:.2f} mean accuracy {stats["test_mAcc"]:.2f} pixel accuracy '
-          f'{stats["test_aAcc"]:.2f} of {stats["test_images"]} images')
+    print(f'test: mIoU {stats["test_mIoU"]:.2f} mean accuracy {stats["test_mAcc"]:.2f} '
+          f'pixel accuracy {stats["test_aAcc"]:.2f} of {stats["test_images"]} images')
     if args.eval:
         for name, value in stats['test_IoU'].items():
             print(f'IoU {"absent" if value is None else f"{value:6.2f}"}  {name}')
     return stats
 
 
-# ---- run plumbing: the same lines in all four scripts (tests/test_shared.py) ----------------------
+# ---- run plumbing: the same lines in all four scripts (tests/test_shared.py) ---------------------
 
 AMP_DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'off': None}
 ORIGIN = ('commit', 'versions', 'hardware')  # what args.json holds besides the flags
@@ -557,11 +557,11 @@ stop_signal = threading.Event()
 
 
 def parse_args(parser):
-    """The command line's flags; --config and, with --eval, the checkpoint's own args give defaults."""
+    """The command line's flags; --config and, with --eval, the checkpoint's args give defaults."""
     args, stored = parser.parse_args(), {}
     if args.config:
         if not Path(args.config).is_file():
-            raise SystemExit(f'--config {args.config}: there is no such file, give the args.json of a run')
+            raise SystemExit(f'--config {args.config}: no such file, give the args.json of a run')
         stored = json.loads(Path(args.config).read_text())
         for name in ('config', 'output_dir', 'resume', *ORIGIN):
             stored.pop(name, None)
@@ -595,28 +595,32 @@ def setup(args):
     if cuda:
         torch.cuda.set_device(device)
     if args.distributed:  # tensors on the CPU go over gloo, and wait for no GPU
-        dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo', timeout=timedelta(minutes=30))
+        dist.init_process_group(
+            'cpu:gloo,cuda:nccl' if cuda else 'gloo', timeout=timedelta(minutes=30))
     if args.rank:
         sys.stdout = open(os.devnull, 'w')
     sys.stdout.reconfigure(line_buffering=True)
     if args.amp is None:
         bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         args.amp = 'bf16' if bf16 else 'fp16' if cuda else 'off'
-    timm.layers.set_fused_attn(cuda)  # on a CPU the fused kernel is the slower one, by a fifth in bf16
+    timm.layers.set_fused_attn(cuda)  # on a CPU the fused kernel is slower, by a fifth in bf16
     models.seed_everything(args.seed, models.START)
     git = ['git', '-C', str(Path(__file__).resolve().parent), 'describe', '--always', '--dirty']
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or 'unknown'
-    versions = f'torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}'
+    versions = (f'torch {torch.__version__}, torchvision {torchvision.__version__}, '
+                f'timm {timm.__version__}')
     hardware = f'{args.world_size} x {torch.cuda.get_device_name() if cuda else "cpu"}'
-    print(f'command: {shlex.join(sys.argv)}\ncommit {commit}, {versions}, {hardware}, amp {args.amp}')
+    print(f'command: {shlex.join(sys.argv)}\n'
+          f'commit {commit}, {versions}, {hardware}, amp {args.amp}')
     if getattr(args, 'eval', False):
         return device
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    own = args.resume and (args.resume == 'auto' or Path(args.resume).parent.resolve() == folder.resolve())
+    own = args.resume and (
+        args.resume == 'auto' or Path(args.resume).parent.resolve() == folder.resolve())
     if not own and ((folder / 'checkpoint.pth').exists() or (folder / 'previous.pth').exists()):
-        raise SystemExit(f'--output_dir {folder} holds another run: choose another folder, or go on with '
-                         'it by --resume auto')
+        raise SystemExit(f'--output_dir {folder} holds another run: choose another folder, or '
+                         'go on with it by --resume auto')
     if args.rank == 0:
         origin = dict(zip(ORIGIN, (commit, versions, hardware)))
         (folder / 'args.json').write_text(json.dumps(given | origin, indent=2) + '\n')
@@ -678,8 +682,8 @@ def main(args):
     size = models.parse_name(args.model)
     args.input_size = models.check_img_size(args.input_size, size.patch)
     if args.input_size[0] != args.input_size[1] or args.input_size[0] < 2 * size.patch:
-        raise SystemExit(f'--input_size {args.input_size[0]} {args.input_size[1]}: give one side of at '
-                         f'least 2 patches, {2 * size.patch} pixels')
+        raise SystemExit(f'--input_size {args.input_size[0]} {args.input_size[1]}: give one side '
+                         f'of at least 2 patches, {2 * size.patch} pixels')
     if args.warmup_iterations >= args.iterations:
         raise SystemExit(f'--warmup_iterations {args.warmup_iterations} must be below --iterations '
                          f'{args.iterations}')
@@ -732,12 +736,12 @@ def main(args):
     rounds = math.ceil(args.iterations / args.eval_every)
     meter = models.Meter(args, optimizer, rounds, 'round')
     parts = {'model': model_without_ddp, 'optimizer': optimizer, 'scaler': scaler, 'meter': meter}
-    first_epoch, samples = models.resume(args, classes, fixed=('eval_every',), **parts)
+    first_epoch, samples = models.resume(args, classes, fixed=('eval_every', 'iterations'), **parts)
     # 7. epochs: train, save, evaluate, log
     for epoch in range(first_epoch, rounds):
         start = loader.sampler.set_epoch(epoch, samples)
-        step = train_one_epoch(model, teacher, loader, optimizer, scheduler, scaler, meter, device, epoch,
-                               start, args)
+        step = train_one_epoch(model, teacher, loader, optimizer, scheduler, scaler, meter, device,
+                               epoch, start, args)
         for name, buffer in model_without_ddp.named_buffers() if args.distributed else ():
             if 'running_' in name:  # batch norm's statistics, of the first process
                 dist.broadcast(buffer, 0)
@@ -749,8 +753,8 @@ def main(args):
         iteration = min(args.iterations, (epoch + 1) * args.eval_every)
         write_log(args, {'iteration': iteration, **meter.stats(), **stats})
         samples = 0
-    print(f'done: {args.iterations} iterations in {timedelta(seconds=int(meter.seconds))} of training, see '
-          f'{args.output_dir}')
+    print(f'done: {args.iterations} iterations in {timedelta(seconds=int(meter.seconds))} '
+          f'of training, see {args.output_dir}')
 
 
 if __name__ == '__main__':

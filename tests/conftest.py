@@ -1,6 +1,7 @@
-"""What the tests share: drawn data, tiny runs of the scripts in this process or two, and how to look at a run."""
+"""What the tests share: drawn data, tiny runs of the scripts in this process or two, how to look at a run."""
 import json
 import multiprocessing
+import operator
 import os
 import signal
 import subprocess
@@ -52,8 +53,8 @@ def signals():
 def data(tmp_path_factory):
     """Drawn: 48 pictures of 12 classes to train on and 12 to evaluate on; 4 and 3 scenes."""
     folder = tmp_path_factory.mktemp('data')
-    words = ('--size 24 --train 48 --val 12 --scenes 4 --val_scenes 3 --scene_size 64 --out', str(folder))
-    toy_data.main(toy_data.get_args_parser().parse_args([*words[0].split(), words[1]]))
+    words = f'--out {folder} --size 24 --train 48 --val 12 --scenes 4 --val_scenes 3 --scene_size 64'
+    toy_data.main(toy_data.get_args_parser().parse_args(words.split()))
     return folder
 
 
@@ -75,6 +76,21 @@ def run(script, *words):
 
 def train(script, data, out, *flags):
     run(script, *command(script, data, out, *flags))
+
+
+def evaluate_alone(script, data, checkpoint, *flags):
+    """Statistics of --eval --resume in this process, without any flag about sizes."""
+    seen, evaluate = [], script.evaluate
+    words = f'--eval --data_path {data / FOLDER[script]} --batch_size 3 --num_workers 0 --device cpu'.split()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, 'evaluate', lambda *args: seen.append(evaluate(*args)))
+        run(script, script.__file__, *words, '--resume', checkpoint, *flags)
+    return seen[0]
+
+
+def scores_of(results):
+    """The scores in a file of detections."""
+    return [entry['score'] for entry in json.loads(results.read_text())]
 
 
 def environment():
@@ -102,9 +118,9 @@ def start_two_processes(folder, jobs):
     """torchrun with two processes, which run {name: command line} one after the other."""
     (folder / 'launcher.py').write_text(LAUNCHER)
     (folder / 'jobs.json').write_text(json.dumps(list(jobs.items())))
-    words = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'launcher.py']
-    return subprocess.Popen(words, cwd=folder, env=environment(), start_new_session=True, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    return subprocess.Popen([*torchrun, 'launcher.py'], cwd=folder, env=environment(), start_new_session=True,
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def run_two_processes(folder, jobs):
@@ -150,8 +166,13 @@ def assert_same_bits(left, right, parts=('model', 'optimizer', 'scaler', 'epoch'
         ours, theirs = dict(leaves(left[part])), dict(leaves(right[part]))
         assert list(ours) == list(theirs) and (ours or part == 'scaler')
         for name, value in ours.items():
-            same = torch.equal(value, theirs[name]) if isinstance(value, torch.Tensor) else value == theirs[name]
-            assert same, f'{part}{name} differs'
+            equal = torch.equal if isinstance(value, torch.Tensor) else operator.eq
+            assert equal(value, theirs[name]), f'{part}{name} differs'
+
+
+def largest_difference(left, right):
+    """Of two state dicts."""
+    return max((left[name] - right[name]).abs().max().item() for name in left)
 
 
 def assert_same_run(left, right):

@@ -433,11 +433,13 @@ def test_a_resume_within_an_epoch_and_after_one_brings_back_every_part(tmp_path)
     assert (epoch, loader.sampler.set_epoch(epoch, samples)) == (1, 4)  # for its evaluation and log line
 
 
-def test_the_checkpoint_before_is_kept_and_every_nth_too(tmp_path):
+def test_the_checkpoint_before_is_kept_and_that_of_every_nth_epoch_too(tmp_path):
     args, loader, parts = make_run(tmp_path, save_every=2)
-    finish_epochs(args, loader, parts, 4)
-    assert checkpoint_of(tmp_path)['epoch'] == 3 and checkpoint_of(tmp_path, 'previous.pth')['epoch'] == 2
-    names = ['checkpoint-1.pth', 'checkpoint-3.pth', 'checkpoint.pth', 'previous.pth']
+    finish_epochs(args, loader, parts, 3)
+    assert checkpoint_of(tmp_path)['epoch'] == 2 and checkpoint_of(tmp_path, 'previous.pth')['epoch'] == 1
+    train(args, loader, parts, 3, 0, 2)  # stopped within an epoch
+    assert checkpoint_of(tmp_path)['epoch'] == 2 and checkpoint_of(tmp_path)['samples'] == 4
+    names = ['checkpoint-1.pth', 'checkpoint.pth', 'previous.pth']
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert checkpoint_of(tmp_path, 'checkpoint-1.pth')['epoch'] == 1
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw
+from conftest import command, log_of, run
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -126,7 +127,8 @@ def test_jitter_scales_by_one_uniform_factor_and_crops_to_the_input_size(height,
     for (top, left, part_height, part_width), new, _ in draw_many(height, width, (0.1, 2.0)):
         factor = new[0] / part_height if height == long else new[1] / part_width
         factors.append(factor * long / 1024)
-        for start, part, made, side in ((top, part_height, new[0], height), (left, part_width, new[1], width)):
+        sides = (top, part_height, new[0], height), (left, part_width, new[1], width)
+        for start, part, made, side in sides:
             assert abs(made - factor * part) <= 1 + factor  # the rounding of both
             assert 0 <= start and 1 <= part and start + part <= side and 1 <= made <= 1024
             assert made == 1024 or (start, part) == (0, side)
@@ -150,12 +152,14 @@ def test_crops_start_anywhere_and_half_of_the_images_are_flipped():
 
 @pytest.mark.parametrize('flip', [False, True])
 def test_boxes_masks_and_labels_follow_the_crop_and_the_flip(flip, tmp_path, monkeypatch):
-    """The part (10, 20, 20, 30) of an image of 40 x 60, enlarged twice; labels count the sorted ids from 1."""
+    """The part (10, 20, 20, 30) of 40 x 60 pixels, enlarged twice; labels count the sorted ids from 1."""
     pixels = grey(40, 60, 0)
     pixels[5:15, 25:35, 0] = 255
-    things = [box_thing(5, 7, 25, 5, 35, 15), box_thing(5, 90, 22, 12, 28, 20), box_thing(5, 2, 0, 0, 60, 40),
-              box_thing(5, 90, 45, 25, 59, 39),  # the next three only touch the part
-              box_thing(5, 7, 0, 0, 20, 40), box_thing(5, 2, 50, 10, 60, 30), box_thing(5, 2, 30, 30, 40, 40)]
+    things = [
+        shape_thing(5, 2, [polygon((0, 0), (24, 0), (0, 14))], 40, 60),  # its box alone reaches the part
+        box_thing(5, 7, 0, 0, 20, 40), box_thing(5, 2, 50, 10, 60, 30),  # they touch it
+        box_thing(5, 7, 25, 5, 35, 15), box_thing(5, 90, 22, 12, 28, 20), box_thing(5, 2, 0, 0, 60, 40),
+        box_thing(5, 90, 45, 25, 59, 39)]
     files = write_set(tmp_path, {5: pixels}, things, ((90, 'last'), (2, 'first'), (7, 'middle')))
     monkeypatch.setattr(det, 'draw_jitter', lambda *_: ((10, 20, 20, 30), (40, 60), flip))
     image, target = dataset(*files)[0, 0]
@@ -196,7 +200,7 @@ OUTLINES = {1: [STAR], 2: [BOX], 3: PAIR}  # by label
 
 @pytest.fixture(scope='module')
 def jittered(tmp_path_factory):
-    """Many draws of one image, label k painted into colour channel k: (what was drawn, image, target) of each."""
+    """(what was drawn, image, target) of many draws of one image, label k painted into colour channel k."""
     pixels, things = np.zeros((90, 130, 3), np.uint8), []
     for label, outlines in OUTLINES.items():
         shape = [polygon(*outline) for outline in outlines]
@@ -212,18 +216,19 @@ def jittered(tmp_path_factory):
     return list(zip(drawn, *zip(*samples), strict=True))
 
 
-def grow(mask, reach=1):
-    return F.max_pool2d(mask[None].float(), 2 * reach + 1, stride=1, padding=reach)[0] > 0
+def grow(mask):
+    """The mask and two pixels around it."""
+    return F.max_pool2d(mask[None].float(), 5, stride=1, padding=2)[0] > 0
 
 
 def test_masks_and_pixels_stay_aligned_through_many_draws(jittered):
-    """The pixels that carry an object's colour are those of its mask; no shift by a part of a pixel either."""
+    """The pixels of an object's colour are those of its mask; no shift by a part of a pixel either."""
     shifts = []
     for (_, size, flip), image, target in jittered:
         assert image.shape[1:] == size
         for label, mask in zip(target['labels'].tolist(), target['masks'] > 0):
             colour = image[label - 1] >= 128
-            assert not (mask & ~grow(colour, 2)).any() and not (colour & ~grow(mask, 2)).any()
+            assert not (mask & ~grow(colour)).any() and not (colour & ~grow(mask)).any()
             if mask.sum() > 100:
                 assert (mask & colour).sum() / (mask | colour).sum() > 0.88
                 y, x = mask.nonzero().float().mean(0) - colour.nonzero().float().mean(0)
@@ -279,27 +284,11 @@ def test_a_decoded_crop_is_that_part_of_pycocotools_mask(name):
         assert np.array_equal(crop, whole[top:top + height, left:left + width])
 
 
-def test_slanted_polygons_are_cropped_to_the_pixel():
-    """A polygon that is moved, where a mask would be cut, differs in pixels of its border alone, and rarely."""
-    rng, differing, total = np.random.default_rng(0), 0, 0
-    for _ in range(200):
-        angles = np.sort(rng.uniform(0, 2 * np.pi, 7))
-        corners = rng.uniform(10, 45, 2) + rng.uniform(5, 30) * np.stack([np.cos(angles), np.sin(angles)], 1)
-        shape, (top, left) = [corners.ravel().tolist()], rng.integers(0, 20, 2).tolist()
-        whole = torch.tensor(whole_mask(shape, 50, 60))
-        border = (grow(whole) & grow(1 - whole))[top:top + 30, left:left + 40]
-        crop = torch.tensor(det.decode_mask(shape, (50, 60), top, left, 30, 40))
-        wrong = crop != whole[top:top + 30, left:left + 40]
-        assert not (wrong & ~border).any()
-        differing, total = differing + wrong.sum().item(), total + crop.sum().item()
-    assert total > 10000 and differing < 0.003 * total
-
-
 # ---- what is read --------------------------------------------------------------------------------
 
 
 def test_annotations_get_ids_areas_and_crowd_flags_and_categories_are_sorted(tmp_path):
-    """Unknown keys are fine; a file's own ids do not matter, since pycocotools takes a match with id 0 for none."""
+    """A file's own ids do not matter: pycocotools takes a match with id 0 for none."""
     things = [box_thing(4, 9, 2, 3, 12, 10, id=0, keypoints=[1, 2]), box_thing(4, 2, 0, 0, 5, 5, area=20.5),
               {**box_thing(4, 2, 0, 0, 30, 20, iscrowd=1), 'segmentation': runs(np.ones((20, 30)))}]
     path, _ = write_set(tmp_path, {4: grey(20, 30)}, things, ((9, 'ant'), (2, 'bee')))
@@ -335,7 +324,7 @@ def test_what_cannot_be_trained_on_is_left_out_and_counted(tmp_path, capsys):
     assert [target['image_id'] for _, targets in val_loader for target in targets] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize('shape, expected', [((90, 130), (44, 64)), ((30, 20), (64, 43)), ((300, 2), (64, 1))])
+@pytest.mark.parametrize('shape, expected', [((90, 130), (44, 64)), ((30, 20), (64, 43)), ((99, 1), (64, 1))])
 def test_evaluation_scales_the_long_side_to_the_input_size(shape, expected, tmp_path):
     """Without jitter; Pillow's antialiased bilinear resize is the oracle."""
     noise = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.uint8)
@@ -354,12 +343,12 @@ def test_an_image_of_another_size_than_its_annotations_say_is_named(is_train, tm
         dataset(path, images, is_train)[0, 0]
 
 
-ANT, BEE, THING, CROWD = (1, 'ant'), (2, 'bee'), box_thing(1, 1, 2, 2, 9, 9), box_thing(1, 1, 2, 2, 9, 9, iscrowd=1)
+ANT, BEE = (1, 'ant'), (2, 'bee')
+THING, CROWD = box_thing(1, 1, 2, 2, 9, 9), box_thing(1, 1, 2, 2, 9, 9, iscrowd=1)
 SPLITS = {
     # objects and categories of both splits, what the line must say
-    'other categories': (([THING], [ANT, BEE]), ([THING], [ANT]), 'train2017.json and .*val2017.json .*different'),
-    'categories of other names': (([THING], [ANT, BEE]), ([THING], [ANT, (2, 'wasp')]), 'different categories'),
-    'nothing to learn from': (([CROWD], [ANT]), ([THING], [ANT]), "train2017.json has no object.*'crowds': 1"),
+    'other categories': (([THING], [ANT, BEE]), ([THING], [ANT]), 'train2017.json and .*val2017.json'),
+    'nothing to learn from': (([CROWD], [ANT]), ([THING], [ANT]), "train2017.json has no object.*'crowds'"),
     'nothing to evaluate': (([THING], [ANT]), ([CROWD], [ANT]), 'val2017.json has no object to evaluate'),
 }
 
@@ -379,9 +368,10 @@ def test_files_and_folders_that_users_get_wrong_are_named_in_one_line(tmp_path):
     (tmp_path / 'half.json').write_text('{"images": [')
     (tmp_path / 'list.json').write_text('[1, 2]')
     (tmp_path / 'other.json').write_text('{"images": [], "annotations": []}')
-    cases = [(tmp_path / name, images, name) for name in ('absent.json', 'half.json', 'list.json', 'other.json')]
-    cases += [(images, images, 'train2017'), (path, path, 'json'), (path, tmp_path / 'absent', 'no folder .*absent'),
-              ('', '', '--data_path is missing.*--val_annotations')]
+    cases = [(images, images, 'train2017'), (path, path, 'no folder'), (path, tmp_path / 'absent', 'absent'),
+             ('', '', '--data_path is missing.*--val_annotations')]
+    for name in ('absent.json', 'half.json', 'list.json', 'other.json'):
+        cases.append((tmp_path / name, images, name))
     for annotations, folder, message in cases:
         with pytest.raises(SystemExit, match=message) as error:
             det.build_data(build_args('--val_annotations', annotations, '--val_images', folder))
@@ -407,9 +397,11 @@ def disc(x, y, reach_x, reach_y):
 @pytest.fixture(scope='module')
 def exam(tmp_path_factory):
     """Five images, tall, wide and square, of one grey level each, their id; a crowd in 42, nothing in 100."""
-    shapes = [(70, 1, disc(80, 100, 70, 60)), (70, 3, [rectangle(170, 20, 300, 220)]), (70, 1, disc(160, 190, 60, 45)),
-              (3, 8, [rectangle(10, 10, 110, 150)]), (3, 3, disc(120, 230, 100, 70)), (42, 1, disc(300, 100, 80, 80)),
-              (5, 8, disc(85, 200, 70, 110)), (5, 8, [rectangle(20, 5, 150, 85)])]
+    triangle = [polygon((20, 160), (220, 190), (60, 300))]
+    shapes = [
+        (70, 1, disc(80, 100, 70, 60)), (70, 3, [rectangle(170, 20, 300, 220)]),
+        (70, 1, disc(160, 190, 60, 45)), (3, 8, [rectangle(10, 10, 110, 150)]), (3, 3, triangle),
+        (42, 1, disc(300, 100, 80, 80)), (5, 8, disc(85, 200, 70, 110)), (5, 8, [rectangle(20, 5, 150, 85)])]
     crowd = np.zeros((200, 400), np.uint8)
     crowd[:, :200] = 1
     things = [shape_thing(number, category, shape, *EXAM_SIZES[number]) for number, category, shape in shapes]
@@ -424,7 +416,7 @@ def exam(tmp_path_factory):
 class Oracle(nn.Module):
     """In the detector's place: gives the file's own objects.
 
-    The object of highest score lies inside the crowd and is none: only where crowds are ignored does it no harm.
+    The one of highest score lies inside the crowd and is none: it does harm unless crowds are ignored.
     """
 
     def __init__(self, folder, wrong):
@@ -449,7 +441,7 @@ class Oracle(nn.Module):
             found.append(([20, 30, 120, 150], 1, 0.99, np.ones((120, 100), np.uint8)))
         if self.wrong == 'nothing' or (self.wrong == 'missing' and number in (70, 42)):
             found = []
-        masks = [Image.fromarray(255 * part).resize((112, 112), Image.Resampling.BILINEAR) for *_, part in found]
+        masks = [Image.fromarray(255 * part).resize((112, 112)) for *_, part in found]
         boxes = torch.tensor([box for box, *_ in found]).reshape(-1, 4).float()
         if self.wrong == 'shifted':
             boxes[:, 0::2] += 0.4 * (boxes[:, 2] - boxes[:, 0])[:, None]
@@ -469,7 +461,7 @@ def sit(exam, results, wrong=None, **processes):
 
 
 def test_the_files_own_objects_score_100_percent(exam, tmp_path, capsys):
-    """Boxes and masks of tall, wide and empty images; category ids have gaps; a crowd is ignored, not missed."""
+    """Boxes and masks of tall, wide and empty images; category ids have gaps; a crowd is no miss."""
     stats, seen = sit(exam, tmp_path / 'results.json')
     assert stats == {**dict.fromkeys(SCORES, pytest.approx(100)), 'test_images': 5}
     assert seen == [70, 3, 100, 42, 5]
@@ -517,35 +509,12 @@ def test_ap_of_a_small_case_by_hand():
     images = [{'id': 1, 'file_name': 'a.png', 'height': 64, 'width': 64}]
     annotations = [{'id': k, 'iscrowd': 0, 'area': 400, **entry} for k, entry in enumerate(things, 1)]
     coco = {'images': images, 'annotations': annotations, 'categories': [{'id': 1, 'name': 'ant'}]}
-    boxes = torch.tensor([[4.0, 4, 24, 24], [40, 4, 60, 24], [34, 34, 60, 60]])
+    boxes = torch.tensor([[4.0, 2, 24, 12], [40, 2, 60, 12], [34, 17, 60, 30]])  # at half the height
     detection = {'boxes': boxes, 'labels': torch.tensor([1, 1, 1]), 'scores': torch.tensor([0.9, 0.8, 0.7]),
                  'masks': torch.ones(3, 1, 28, 28)}
-    stats = det.average_precision(coco, det.to_results(detection, 1, (64, 64), (64, 64), [1]))
+    stats = det.average_precision(coco, det.to_results(detection, 1, (32, 64), (64, 64), [1]))
     for name in ('test_bbox_AP50', 'test_mask_AP50', 'test_bbox_AP'):
         assert stats[name] == pytest.approx(100 * (51 + 50 * 2 / 3) / 101)
-
-
-@pytest.mark.parametrize('seen, size, box, expected', [
-    ((64, 32), (128, 96), (4, 8, 20, 40), (12, 16, 48, 64)),  # tall: x times 3, y times 2
-    ((32, 64), (80, 256), (4, 8, 20, 28), (16, 20, 64, 50)),  # wide: x times 4, y times 2.5
-])
-def test_detections_return_to_original_pixels(seen, size, box, expected):
-    """xywh boxes and full-size masks, worked out by hand."""
-    soft = torch.zeros(2, 1, 28, 28)
-    soft[0], soft[1, :, :14] = 0.9, 0.9  # the second has only its upper half
-    detection = {'boxes': torch.tensor([box, box]).float(), 'labels': torch.tensor([2, 3]),
-                 'scores': torch.tensor([0.5, 0.25]), 'masks': soft}
-    results = det.to_results(detection, 77, seen, size, [11, 22, 90])
-    found = [(entry['image_id'], entry['category_id'], entry['score']) for entry in results]
-    assert found == [(77, 22, 0.5), (77, 90, 0.25)]
-    x, y, w, h = expected
-    for entry, height in zip(results, (h, h / 2)):
-        assert entry['bbox'] == pytest.approx(expected)
-        mask = coco_mask.decode(entry['segmentation'])
-        rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
-        corners = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
-        assert mask.shape == size
-        assert np.abs(corners - (x, y, x + w, y + height)).max() <= 1.5  # torchvision pastes at whole pixels
 
 
 @pytest.mark.parametrize('world_size', [2, 3, 7])
@@ -569,5 +538,24 @@ def test_several_processes_evaluate_like_one(world_size, exam, tmp_path, monkeyp
     alone, _ = sit(exam, tmp_path / 'alone.json', 'shifted')
     assert sorted(seen) == sorted(EXAM_SIZES)
     assert stats == alone
-    together, results = (json.loads((tmp_path / f'{name}.json').read_text()) for name in ('together', 'alone'))
-    assert together == results and len(results) == 9
+    assert (tmp_path / 'together.json').read_text() == (tmp_path / 'alone.json').read_text()
+
+
+def test_a_detector_overfits_a_few_scenes(tmp_path):
+    """From files to AP: red and blue rectangles, one above the other, are found where they were drawn."""
+    rng, pictures, things = np.random.default_rng(0), {}, []
+    for number in range(1, 5):
+        pixels = grey(32, 32, 90)
+        for category, colour in ((1, (230, 40, 40)), (2, (40, 60, 230))):
+            width, height = rng.integers(9, 12, 2).tolist()
+            x, y = int(rng.integers(1, 19)), int(rng.integers(0, 5)) + 16 * (category - 1)
+            pixels[y:y + height, x:x + width] = colour
+            things.append(box_thing(number, category, x, y, x + width, y + height))
+        pictures[number] = pixels
+    for split in ('train', 'val'):
+        write_set(tmp_path, pictures, things, ((1, 'red'), (2, 'blue')), split)
+    run(det, *command(
+        det, tmp_path, tmp_path / 'out', '--data_path', tmp_path, '--input_size 32 --batch_size 4 --lr 3e-3',
+        '--drop_path 0 --scale_jitter 1 1 --iterations 120 --eval_every 120 --warmup_iterations 10'))
+    [line] = log_of(tmp_path / 'out')
+    assert line['test_bbox_AP50'] > 50 and line['test_mask_AP50'] > 50

@@ -36,6 +36,14 @@ def test_accuracy_is_that_of_a_plain_loop(k, tau):
     assert knn.knn_accuracy(train, train_labels, test, test_labels, k, tau) == pytest.approx(100 * right / 37)
 
 
+def test_one_near_neighbour_outvotes_two_far_ones():
+    """A vote weighs exp(cosine / tau): exp(1 / 0.07) against 2 exp(0.6 / 0.07); at tau 10 two are more."""
+    train, test = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, -0.8]]), torch.tensor([[1.0, 0.0]])
+    labels, right = torch.tensor([0, 1, 1]), torch.tensor([0])
+    assert knn.knn_accuracy(train, labels, test, right, k=3) == 100
+    assert knn.knn_accuracy(train, labels, test, right, k=3, tau=10.0) == 0
+
+
 def test_many_test_images_are_counted_once_each():
     """Test images come in parts of 1,000; none is lost or counted twice."""
     test = normalize(torch.randn(2345, 3, generator=torch.Generator().manual_seed(0)), dim=1)

@@ -1,7 +1,8 @@
-"""Interruptions cost no sample and no bit: signals, kills, damaged files, other numbers of processes; and repeats.
+"""Interruptions cost no sample and no bit: signals, kills, damaged files, other processes; and repeats.
 
 The oracle is the same command that nothing interrupts.
 """
+import contextlib
 import json
 import os
 import random
@@ -14,8 +15,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import (CLS, DET, EVERY_SCRIPT, GENERIC, NAMES, SEG, assert_same_bits, assert_same_run,
-                      checkpoint_of, command, contents, environment, log_of, run, run_two_processes,
-                      start_two_processes, train, without_clock)
+                      checkpoint_of, command, environment, evaluate_alone, largest_difference, log_of, run,
+                      run_two_processes, scores_of, start_two_processes, train, without_clock)
 
 import models
 
@@ -38,7 +39,7 @@ def start(script, data, out, *more):
 
 @pytest.fixture(scope='module')
 def whole(data, tmp_path_factory):
-    """script -> folder of its run that nothing interrupts, with a checkpoint of the first epoch (or round), too."""
+    """script -> folder of its run that nothing interrupts, with a checkpoint of its first epoch, too."""
     folder = tmp_path_factory.mktemp('whole')
     for script in NAMES:
         start(script, data, folder / NAMES[script], '--save_every 1')
@@ -65,7 +66,12 @@ def after_updates(monkeypatch):
 def reads(monkeypatch):
     """The (pass, index) of all samples that this process reads, in order."""
     read, getitem = [], models.SeededDataset.__getitem__
-    monkeypatch.setattr(models.SeededDataset, '__getitem__', lambda self, key: (read.append(key), getitem(self, key))[1])
+
+    def noting(self, key):
+        read.append(key)
+        return getitem(self, key)
+
+    monkeypatch.setattr(models.SeededDataset, '__getitem__', noting)
     return read
 
 
@@ -90,58 +96,58 @@ def test_a_run_that_is_stopped_at_every_update_ends_with_the_same_bits(
 @EVERY_SCRIPT
 def test_a_run_goes_on_from_the_end_of_an_epoch_with_the_same_bits(script, data, whole, tmp_path):
     """--resume of a checkpoint that --save_every kept, into a folder of its own, with data workers."""
-    train(script, data, tmp_path, FLAGS[script], '--num_workers 1 --resume', whole[script] / 'checkpoint-0.pth')
+    first = whole[script] / 'checkpoint-0.pth'
+    train(script, data, tmp_path, FLAGS[script], '--num_workers 1 --resume', first)
     assert_same_bits(checkpoint_of(tmp_path), checkpoint_of(whole[script]))
     # the evaluation of the finished epoch and its line are made again
     assert without_clock(log_of(tmp_path)) == without_clock(log_of(whole[script]))
 
 
-def test_ctrl_c_stops_like_sigterm_and_a_second_one_quits_at_once(data, whole, tmp_path, after_updates, capsys):
-    after_updates(GENERIC, lambda step: step == 3 and signal.raise_signal(signal.SIGINT))
+def test_ctrl_c_stops_like_sigterm_and_a_second_one_quits_at_once(data, tmp_path, after_updates, capsys):
+    def interrupt(step):
+        for _ in range({3: 1, 7: 2}.get(step, 0)):
+            signal.raise_signal(signal.SIGINT)
+
+    after_updates(GENERIC, interrupt)
     start(GENERIC, data, tmp_path)
     assert capsys.readouterr().out.splitlines()[-1] == STOPPED
-    stopped = checkpoint_of(tmp_path)
-    assert (stopped['epoch'], stopped['samples']) == (-1, 16)
-    after_updates(GENERIC, lambda step: step == 7 and signal.raise_signal(signal.SIGINT))
-    after_updates(GENERIC, lambda step: step == 7 and signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         start(GENERIC, data, tmp_path)
-    assert checkpoint_of(tmp_path)['samples'] == 16
+    checkpoint = checkpoint_of(tmp_path)
+    assert (checkpoint['epoch'], checkpoint['samples']) == (-1, 16)
 
 
 @pytest.mark.parametrize('flags', ['--batch_size 8', '--accum_iter 1', '--batch_size 2 --accum_iter 8'])
-def test_a_stop_within_an_epoch_goes_on_under_another_batch_with_every_sample_read_once(
-        flags, data, tmp_path, after_updates, monkeypatch, reads):
-    after_updates(GENERIC, lambda step: step == 3 and GENERIC.stop_signal.set())
+def test_a_stop_within_an_epoch_goes_on_under_another_batch(flags, data, tmp_path, after_updates, reads):
+    """Every sample of the epoch is read once."""
+    after_updates(GENERIC, lambda step: len(reads) == 16 and GENERIC.stop_signal.set())
     start(GENERIC, data, tmp_path)
-    monkeypatch.undo()
     assert len(reads) == checkpoint_of(tmp_path)['samples'] == 16
+    start(GENERIC, data, tmp_path, flags)
+    for epoch in (0, 1):
+        assert sorted(index for number, index in reads if number == epoch) == list(range(48))
 
 
-def sampler(rank=0, world_size=1, length=48, batch_size=4, accum_iter=2, **rounds):
-    args = SimpleNamespace(seed=0, rank=rank, world_size=world_size, batch_size=batch_size, accum_iter=accum_iter)
-    return models.SeededSampler(length, args, **rounds)
+def samples_of(done, rank, world_size, batch_size, accum_iter, rounds):
+    """What one process reads of the first epoch (or round) when `done` samples of it are done."""
+    args = SimpleNamespace(
+        seed=0, rank=rank, world_size=world_size, batch_size=batch_size, accum_iter=accum_iter)
+    sampler = models.SeededSampler(48, args, **rounds)
+    start = sampler.set_epoch(0, done)
+    samples = list(sampler)
+    assert len(sampler) == (start * batch_size + len(samples))
+    return samples
 
 
-@pytest.mark.parametrize('rounds', [{}, {'round_updates': 7, 'total_updates': 12}])
-@pytest.mark.parametrize('world_size, batch_size, accum_iter', [(2, 4, 1), (4, 1, 2), (1, 16, 1), (2, 2, 4)])
-def test_the_rest_of_an_epoch_is_read_once_by_any_number_of_processes(rounds, world_size, batch_size, accum_iter):
-    """After 16 samples on one process: the others in any split, at each step the next ones, in the same order."""
-    whole = sampler(**rounds)
-    whole.set_epoch(0)
-    expected = list(whole)
-    rest = []
-    for rank in range(world_size):
-        share = sampler(rank, world_size, batch_size=batch_size, accum_iter=accum_iter, **rounds)
-        begin = share.set_epoch(0, done=16)
-        rest.append(list(share))
-        assert (len(share) // batch_size - begin) * batch_size == len(rest[-1])
-    together = [key for keys in zip(*rest, strict=True) for key in keys]
-    if not rounds:
-        assert len(set(expected)) == len(expected) == 48
-    left = len(expected) - 16
-    used = left - left % (world_size * batch_size * accum_iter)
-    assert together[:used] == expected[16:16 + used]
+@pytest.mark.parametrize('rounds', [{}, {'round_updates': 7, 'total_updates': 12}], ids=['epoch', 'round'])
+@pytest.mark.parametrize('world_size, batch_size, accum_iter', [(2, 4, 1), (4, 1, 2), (2, 4, 2), (4, 4, 1)])
+def test_any_number_of_processes_reads_the_rest_of_an_epoch_once(rounds, world_size, batch_size, accum_iter):
+    """After 16 samples: at each step all processes together read the next ones, as one process would."""
+    expected = samples_of(0, 0, 1, world_size * batch_size, accum_iter, rounds)
+    shares = [samples_of(16, rank, world_size, batch_size, accum_iter, rounds) for rank in range(world_size)]
+    assert [key for keys in zip(*shares, strict=True) for key in keys] == expected[16:]
+    first_pass = [index for number, index in expected if number == 0]
+    assert sorted(first_pass) == list(range(48))
 
 
 # ---- ends of epochs, files -----------------------------------------------------------------------
@@ -169,7 +175,8 @@ def test_an_evaluation_that_was_interrupted_is_made_again(script, data, whole, t
 
 
 @EVERY_SCRIPT
-def test_a_finished_run_is_evaluated_again_and_stays_as_it_is(script, data, whole, tmp_path, monkeypatch, capsys):
+def test_a_finished_run_is_evaluated_again_and_stays_as_it_is(
+        script, data, whole, tmp_path, monkeypatch, capsys):
     start(script, data, tmp_path)
     log = (tmp_path / 'log.txt').read_text()
     monkeypatch.setattr(script, 'backward', lambda *_: pytest.fail('trained again'))
@@ -192,7 +199,8 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before_it(damage, data
     start(CLS, data, tmp_path)
     printed = capsys.readouterr().out.splitlines()
     warned = [line for line in printed if line.startswith('warning: ')]
-    assert len(warned) == (damage != 'missing') and all('checkpoint.pth is no readable' in line for line in warned)
+    assert len(warned) == (damage != 'missing')
+    assert all('checkpoint.pth is no readable' in line for line in warned)
     assert f'resumed {tmp_path}/previous.pth: 1 epochs or rounds and 0 samples are done' in printed
     assert_same_run(tmp_path, whole[CLS])
     for name in ('checkpoint.pth', 'previous.pth'):
@@ -233,19 +241,20 @@ def wait_for(condition, process=None):
 
 
 def test_a_real_signal_stops_a_process_with_status_0_and_its_workers_go_with_it(data, long_run, tmp_path):
-    """As a cluster sends it: to the process and its data workers."""
-    words = [sys.executable, *command(CLS, data, tmp_path, FLAGS[CLS], LONG, '--resume auto')]
-    process = subprocess.Popen(words, env=environment(), start_new_session=True, text=True,
+    """As a cluster sends it, to the process and its workers. --config repeats a run in any process."""
+    words = [sys.executable, CLS.__file__, '--config', long_run / 'args.json', '--output_dir', tmp_path]
+    env = {**environment(), 'PYTHONHASHSEED': '7'}
+    process = subprocess.Popen([*words, '--resume', 'auto'], env=env, start_new_session=True, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     for line in process.stdout:
-        if ' epoch 1/14 step 3/' in line:
+        if ' epoch 1/' in line:
             break
     os.killpg(process.pid, signal.SIGTERM)
     printed, errors = process.communicate(timeout=100)
     assert process.returncode == 0 and errors == '' and printed.splitlines()[-1] == STOPPED
     with pytest.raises(ProcessLookupError):  # nothing is left of the group
         os.killpg(process.pid, 0)
-    assert len(log_of(tmp_path)) < 14
+    assert len(log_of(tmp_path)) < len(log_of(long_run))
     start(CLS, data, tmp_path, LONG)
     assert_same_run(tmp_path, long_run)
 
@@ -253,29 +262,29 @@ def test_a_real_signal_stops_a_process_with_status_0_and_its_workers_go_with_it(
 def test_kills_at_random_times_cost_nothing(data, long_run, tmp_path):
     """SIGKILL at any time, in a write of the checkpoint, too: the same command goes on to the same bits.
 
-    KILLS in the environment sets the number. Each process is a fork of this one with data workers.
+    KILLS in the environment sets the number. Each process is a fork of this one, and has a data worker.
     """
     draw, newest = random.Random(KILLS), tmp_path / 'checkpoint.pth'
 
-    def changed():
+    def last_save():
         return newest.stat().st_mtime_ns if newest.exists() else 0
 
-    for kill in [*range(KILLS), None]:
-        before, child = changed(), os.fork()
+    for kill in [True] * KILLS + [False]:
+        before, child = last_save(), os.fork()
         if child == 0:
-            code = 1
-            try:
+            os.setsid()
+            with contextlib.suppress(BaseException):
                 start(CLS, data, tmp_path, LONG)
-                code = 0
-            finally:
-                os._exit(code)
-        if kill is not None:
-            wait_for(lambda: changed() != before)
+                os._exit(0)
+            os._exit(1)
+        if kill:
+            wait_for(lambda before=before: last_save() != before)
             time.sleep(draw.uniform(0, 0.1))
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-        assert os.WIFSIGNALED(status) == (kill is not None)
-    assert status == 0
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)  # torch's workers may miss the end of their parent
+        assert status == (signal.SIGKILL if kill else 0)
     assert_same_run(tmp_path, long_run)
 
 
@@ -284,36 +293,59 @@ def test_kills_at_random_times_cost_nothing(data, long_run, tmp_path):
 
 @pytest.fixture(scope='module')
 def two_processes(data, whole, tmp_path_factory):
-    """Runs of torchrun with two processes: one that a signal stops, then that and others on to their ends."""
+    """Runs of torchrun with two processes: one that a signal stops; then it and others to the end."""
     folder = tmp_path_factory.mktemp('two')
 
     def job(script, name, *flags):
         return command(script, data, folder / name, FLAGS[script], *flags)
 
-    long = (*LONG.split(), '--resume', 'auto')
-    process = start_two_processes(folder, {'stopped': job(GENERIC, 'stopped', *long)})
+    process = start_two_processes(folder, {'stopped': job(GENERIC, 'stopped', LONG, '--resume auto')})
     printed = folder / 'stopped.0.txt'
-    wait_for(lambda: printed.exists() and 'epoch 1/14 step 3/' in printed.read_text(), process)
+    wait_for(lambda: printed.exists() and ' epoch 1/' in printed.read_text(), process)
     os.killpg(process.pid, signal.SIGTERM)
-    output, _ = process.communicate(timeout=100)
-    stopped = {'output': output, 'checkpoint': checkpoint_of(folder / 'stopped'), 'epochs': len(log_of(folder / 'stopped')),
-               'printed': [(folder / f'stopped.{rank}.txt').read_text() for rank in (0, 1)]}
-    jobs = {'resumed': job(GENERIC, 'stopped', *long), 'whole': job(GENERIC, 'whole', *long),
-            'more': job(GENERIC, 'more', '--resume auto')}
-    for script in (DET, SEG):
-        name = NAMES[script]
+    process.communicate(timeout=100)
+    endings = [(folder / f'stopped.{rank}.txt').read_text().splitlines()[-2:] for rank in (0, 1)]
+    epochs = len(log_of(folder / 'stopped'))
+    with pytest.MonkeyPatch.context() as patch:  # one process alone, after its first update
+        patch.setattr(GENERIC, 'stop_requested', lambda args: True)
+        start(GENERIC, data, folder / 'one')
+    jobs = {'resumed': job(GENERIC, 'stopped', LONG, '--resume auto'), 'whole': job(GENERIC, 'whole', LONG),
+            'one': job(GENERIC, 'one', '--batch_size 2 --resume auto'), 'cls': job(CLS, 'cls')}
+    for script, name in ((DET, 'det'), (SEG, 'seg')):
+        results = f'--results_json {folder}/results.json' if script is DET else ''
+        jobs[f'{name}_eval'] = job(script, 'no', results, '--eval --resume', whole[script] / 'checkpoint.pth')
         jobs[name] = job(script, name, '--save_every 1')
-        jobs[f'{name}_resumed'] = job(script, f'{name}_resumed', '--resume', folder / name / 'checkpoint-0.pth')
+        first = folder / name / 'checkpoint-0.pth'
+        jobs[f'{name}_resumed'] = job(script, f'{name}_resumed', '--resume', first)
     run_two_processes(folder, jobs)
-    return SimpleNamespace(folder=folder, **stopped)
+    return SimpleNamespace(folder=folder, endings=endings, epochs=epochs)
 
 
 def test_a_signal_to_the_group_of_two_processes_stops_both_at_the_same_update(two_processes):
-    """torchrun passes it on to both, and to their data workers; each comes to its end by itself."""
-    assert two_processes.printed[0].endswith(f'{STOPPED}\ncame to its end')
-    assert two_processes.printed[1] == 'came to its end'
-    assert two_processes.checkpoint['samples'] % 16 == 0 and two_processes.epochs < 14
+    """It reaches torchrun, both processes and their data workers; each process comes to its end by itself."""
+    assert two_processes.endings == [[STOPPED, 'came to its end'], ['came to its end']]
+    assert two_processes.epochs < len(log_of(two_processes.folder / 'whole'))
     assert_same_run(two_processes.folder / 'stopped', two_processes.folder / 'whole')
+
+
+def test_two_processes_go_on_where_one_was_stopped(two_processes, whole):
+    """Stage 1, with the same effective batch: the same training, up to rounding."""
+    ours, theirs = (checkpoint_of(folder) for folder in (two_processes.folder / 'one', whole[GENERIC]))
+    assert (ours['args']['world_size'], theirs['args']['world_size']) == (2, 1)
+    assert largest_difference(ours['model'], theirs['model']) < 2e-4
+
+
+def test_two_processes_evaluate_like_one(data, two_processes, whole, tmp_path):
+    """Every image is counted once; hits, confusion matrices and detections of all processes are gathered."""
+    last = log_of(two_processes.folder / 'cls')[-1]
+    alone = evaluate_alone(CLS, data, two_processes.folder / 'cls/checkpoint.pth')
+    assert last['test_loss'] == pytest.approx(alone.pop('test_loss'), rel=1e-6)
+    assert alone == {key: last[key] for key in alone} and alone['test_images'] == 12
+    mean = log_of(whole[SEG])[-1]['test_mIoU']
+    assert f'test: mIoU {mean:.2f} ' in (two_processes.folder / 'seg_eval.0.txt').read_text()
+    evaluate_alone(DET, data, whole[DET] / 'checkpoint.pth', '--results_json', tmp_path / 'results.json')
+    ours, theirs = (scores_of(folder / 'results.json') for folder in (two_processes.folder, tmp_path))
+    assert len(ours) > 20 and ours == pytest.approx(theirs, rel=1e-4)
 
 
 @pytest.mark.parametrize('name', ['det', 'seg'])
@@ -338,17 +370,10 @@ def test_args_json_holds_the_flags_as_given_and_the_origin_of_the_run(script, wh
 
 @EVERY_SCRIPT
 def test_args_json_repeats_a_run_and_flags_by_hand_win(script, whole, tmp_path):
-    """--config: the values of another run, but for its folder and its --resume; another seed is another run."""
+    """--config: the values of another run, but not its folder and --resume; another seed is another run."""
     config = ('--config', whole[script] / 'args.json', '--output_dir')
     run(script, script.__file__, *config, tmp_path / 'same')
     assert_same_run(tmp_path / 'same', whole[script])
     run(script, script.__file__, *config, tmp_path / 'seed', '--seed', 1)
-    first, other = checkpoint_of(whole[script])['model'], checkpoint_of(tmp_path / 'seed')['model']
-    assert max((first[name] - other[name]).abs().max() for name in first) > 1e-3
-    assert checkpoint_of(tmp_path / 'seed')['args']['seed'] == 1
-
-
-def test_args_json_repeats_a_run_in_another_process(whole, tmp_path):
-    words = [sys.executable, CLS.__file__, '--config', whole[CLS] / 'args.json', '--output_dir', tmp_path]
-    subprocess.run(words, env={**environment(), 'PYTHONHASHSEED': '7'}, check=True, timeout=100, capture_output=True)
-    assert_same_run(tmp_path, whole[CLS])
+    first, other = (checkpoint_of(folder) for folder in (whole[script], tmp_path / 'seed'))
+    assert largest_difference(first['model'], other['model']) > 1e-2 and other['args']['seed'] == 1
