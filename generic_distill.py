@@ -9,7 +9,8 @@ CPU:     python tools/toy_data.py --out toy --only imagenet
          python generic_distill.py --data_path toy/imagenet --target pixel --input_size 48 \
          --model mae_vit_nano_patch8 --batch_size 64 --accum_iter 1 --epochs 4 --warmup_epochs 1
 Writes:  output_dir/checkpoint.pth (for --finetune of stage 2), log.txt (JSON per epoch), args.json
-`--target pixel` is MAE itself, without a teacher: that is how a teacher for your own data is made.
+`--target pixel` is MAE itself: so a teacher for your own data is made. Distil that one with the same
+command, `--teacher_path output_dir/checkpoint.pth --output_dir student` in place of `--target pixel`.
 """
 import argparse
 import contextlib
@@ -270,9 +271,10 @@ def parse_args(parser):
 
 
 def setup(args):
-    """Joins the other processes, listens to signals, writes args.json; returns the device.
+    """Joins the other processes, listens to signals, checks the output folder.
 
-    Adds rank, world_size and distributed to args. args.json holds the flags as they were given.
+    Adds rank, world_size and distributed to args. Returns the device and what args.json will hold:
+    the flags as they were given, and the commit, versions and hardware.
     """
     given = dict(vars(args))
     args.rank, args.world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
@@ -303,8 +305,9 @@ def setup(args):
     hardware = f'{args.world_size} x {torch.cuda.get_device_name() if cuda else "cpu"}'
     print(f'command: {shlex.join(sys.argv)}\n'
           f'commit {commit}, {versions}, {hardware}, amp {args.amp}')
+    given |= zip(ORIGIN, (commit, versions, hardware))
     if getattr(args, 'eval', False):
-        return device
+        return device, given
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     own = args.resume and (
@@ -312,12 +315,9 @@ def setup(args):
     if not own and ((folder / 'checkpoint.pth').exists() or (folder / 'previous.pth').exists()):
         raise SystemExit(f'--output_dir {folder} holds another run: choose another folder, or '
                          'go on with it by --resume auto')
-    if args.rank == 0:
-        origin = dict(zip(ORIGIN, (commit, versions, hardware)))
-        (folder / 'args.json').write_text(json.dumps(given | origin, indent=2) + '\n')
     for number in models.STOP_SIGNALS:
         signal.signal(number, request_stop)
-    return device
+    return device, given
 
 
 def request_stop(number, frame):
@@ -354,6 +354,12 @@ def backward(loss, model, optimizer, scaler, step, args):
     return grad_norm
 
 
+def write_args(args, given):
+    """Writes args.json; after the resume, as a run that is refused leaves it alone."""
+    if args.rank == 0:
+        Path(args.output_dir, 'args.json').write_text(json.dumps(given, indent=2) + '\n')
+
+
 def write_log(args, line):
     """Adds a line to log.txt; lines of the same and later epochs go, they were run again."""
     path, key = Path(args.output_dir, 'log.txt'), next(iter(line))  # epoch or iteration
@@ -369,7 +375,7 @@ def write_log(args, line):
 
 def main(args):
     # 1. processes, device, seed, recipe
-    device = setup(args)
+    device, given = setup(args)
     recipe = 'pixel' if args.target == 'pixel' else 'distillation'
     for flag, value in RECIPES[recipe].items():
         if getattr(args, flag) is None:
@@ -419,8 +425,8 @@ def main(args):
     batch = args.batch_size * args.accum_iter * args.world_size
     if args.lr is None:
         args.lr = args.blr * batch / 256
-    print(f'arguments: {vars(args)}\nrecipe: {recipe}, effective batch {batch} (the paper has '
-          f'{PAPER_BATCH}), lr {args.lr:.3g}')
+    print(f'arguments: {vars(args)}\nrecipe: {recipe}, lr {args.lr:.3g}, effective batch {batch} '
+          f'(the paper has {PAPER_BATCH}), {len(loader) // args.accum_iter} updates an epoch')
     optimizer = create_optimizer_v2(  # betas: MAE
         model_without_ddp, opt='adamw', lr=args.lr, weight_decay=args.weight_decay,
         betas=(0.9, 0.95), fused=True)
@@ -430,8 +436,10 @@ def main(args):
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
     # 6. resume
     meter = models.Meter(args, optimizer, args.epochs)
+    # timm's schedulers depend on the step alone; a scheduler with a state belongs here, too
     parts = {'model': model_without_ddp, 'optimizer': optimizer, 'scaler': scaler, 'meter': meter}
     first_epoch, samples = models.resume(args, **parts)
+    write_args(args, given)
     # 7. epochs: train, save, evaluate, log
     for epoch in range(first_epoch, args.epochs):
         start = loader.sampler.set_epoch(epoch, samples)

@@ -593,7 +593,7 @@ def resume(args, classes=None, fixed=(), **parts):
     for name, part in parts.items():
         part.load_state_dict(checkpoint[name])
     epoch, samples = checkpoint['epoch'], checkpoint['samples']
-    print(f'resumed {path}: {epoch + 1} epochs or rounds and {samples} samples are done')
+    print(f'resumed {path}: {epoch + 1} {parts["meter"].unit}s and {samples} samples are done')
     return (epoch + 1, samples) if samples else (epoch, math.inf)
 
 
@@ -619,25 +619,31 @@ class Meter:
             yield step, batch
             done = step + 1
             if step == start or done % self.args.print_freq == 0 or done == steps:
-                spent = (time.time() - line_clock) / len(self.rows)  # per step
+                count, means = len(self.rows), self.flush()  # waits for the device
+                spent = (self.clock - line_clock) / count  # per step
                 rate = self.args.batch_size * self.args.world_size / spent
                 eta = timedelta(seconds=int(spent * ((self.epochs - epoch) * steps - done)))
-                wait = waited / (spent * len(self.rows))
-                means = ' '.join(f'{k} {v:.4f}' for k, v in zip(self.names, self.flush()))
+                wait = waited / (spent * count)
+                means = ' '.join(f'{k} {v:.4f}' for k, v in zip(self.names, means))
                 line = (f'{time.strftime("%X")} {self.unit} {epoch}/{self.epochs} step {done}/{steps} '
                         f'{means} lr {self.lr():.3g} grad_norm {self.grad_norm.item():.3g} '
                         f'{rate:.{int(rate < 10)}f} images/s data {wait:.0%} eta {eta}')
                 if torch.cuda.is_initialized():
                     line += f' memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GB'
                 print(line)
-                waited, line_clock = 0.0, time.time()
+                waited, line_clock = 0.0, self.clock
 
     def update(self, grad_norm, **terms):
-        """Adds a step's scalars without waiting for the device; grad_norm: None if no update."""
+        """Adds a step's scalars, tensors of the same names in each step, without a host sync."""
         self.names = list(terms)
         self.rows.append(torch.stack([term.detach().float() for term in terms.values()]))
         self.grad_norm = self.grad_norm if grad_norm is None else grad_norm
-        self.seconds, self.clock = self.seconds + time.time() - self.clock, time.time()
+        self.tick()
+
+    def tick(self):
+        """Adds the time since the last tick to the seconds of training."""
+        now = time.time()
+        self.seconds, self.clock = self.seconds + now - self.clock, now
 
     def flush(self):
         """Means (terms,) of steps since the last line, over all processes; adds them to the sums.
@@ -656,6 +662,7 @@ class Meter:
             raise SystemExit(f'not finite: {", ".join(bad)}. The last checkpoint is kept; lower '
                              'the learning rate')
         self.rows, self.sums, self.steps = [], self.sums + sums, self.steps + count
+        self.tick()
         return sums / count
 
     def lr(self):
@@ -790,11 +797,11 @@ class SeededSampler(torch.utils.data.Sampler):
         if round_updates is None and length < self.per_step * args.accum_iter:
             raise SystemExit(f'the data set has {length} images, fewer than one batch of '
                              f'{self.per_step * args.accum_iter} (--batch_size x --accum_iter '
-                             'x processes): lower --batch_size')
+                             'x processes): lower --batch_size or --accum_iter')
         self.set_epoch(0)
 
     def set_epoch(self, epoch, done=0):
-        """done: samples of this epoch trained on before. Returns the step to start from."""
+        """done: samples already trained on, inf: all. Returns the step to start from."""
         per_update = self.per_step * self.accum_iter
         if self.round_updates is None:
             first, updates = epoch * self.length, self.length // per_update

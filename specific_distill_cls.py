@@ -327,9 +327,10 @@ def parse_args(parser):
 
 
 def setup(args):
-    """Joins the other processes, listens to signals, writes args.json; returns the device.
+    """Joins the other processes, listens to signals, checks the output folder.
 
-    Adds rank, world_size and distributed to args. args.json holds the flags as they were given.
+    Adds rank, world_size and distributed to args. Returns the device and what args.json will hold:
+    the flags as they were given, and the commit, versions and hardware.
     """
     given = dict(vars(args))
     args.rank, args.world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
@@ -360,8 +361,9 @@ def setup(args):
     hardware = f'{args.world_size} x {torch.cuda.get_device_name() if cuda else "cpu"}'
     print(f'command: {shlex.join(sys.argv)}\n'
           f'commit {commit}, {versions}, {hardware}, amp {args.amp}')
+    given |= zip(ORIGIN, (commit, versions, hardware))
     if getattr(args, 'eval', False):
-        return device
+        return device, given
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     own = args.resume and (
@@ -369,12 +371,9 @@ def setup(args):
     if not own and ((folder / 'checkpoint.pth').exists() or (folder / 'previous.pth').exists()):
         raise SystemExit(f'--output_dir {folder} holds another run: choose another folder, or '
                          'go on with it by --resume auto')
-    if args.rank == 0:
-        origin = dict(zip(ORIGIN, (commit, versions, hardware)))
-        (folder / 'args.json').write_text(json.dumps(given | origin, indent=2) + '\n')
     for number in models.STOP_SIGNALS:
         signal.signal(number, request_stop)
-    return device
+    return device, given
 
 
 def request_stop(number, frame):
@@ -411,6 +410,12 @@ def backward(loss, model, optimizer, scaler, step, args):
     return grad_norm
 
 
+def write_args(args, given):
+    """Writes args.json; after the resume, as a run that is refused leaves it alone."""
+    if args.rank == 0:
+        Path(args.output_dir, 'args.json').write_text(json.dumps(given, indent=2) + '\n')
+
+
 def write_log(args, line):
     """Adds a line to log.txt; lines of the same and later epochs go, they were run again."""
     path, key = Path(args.output_dir, 'log.txt'), next(iter(line))  # epoch or iteration
@@ -426,7 +431,7 @@ def write_log(args, line):
 
 def main(args):
     # 1. processes, device, seed, recipe
-    device = setup(args)
+    device, given = setup(args)
     if args.distillation_type == 'none':
         args.teacher_path = None
     if args.global_pool and args.teacher_path:
@@ -477,9 +482,10 @@ def main(args):
     batch = args.batch_size * args.accum_iter * args.world_size
     if args.lr is None:
         args.lr = args.blr * batch / 256
-    print(f'arguments: {vars(args)}\nrecipe: Table 1, {recipe}, '
-          f'{args.distillation_type if teacher else "no"} distillation, effective batch {batch} '
-          f'(the paper has {PAPER_BATCH}), lr {args.lr:.3g}')
+    distillation = args.distillation_type if teacher else 'no'
+    print(f'arguments: {vars(args)}\nrecipe: supplement Table 1, {recipe}, {distillation} distillation, '
+          f'lr {args.lr:.3g}, effective batch {batch} (the paper has {PAPER_BATCH}), '
+          f'{len(loader) // args.accum_iter} updates an epoch')
     optimizer = create_optimizer_v2(
         model_without_ddp, opt='adamw', lr=args.lr, weight_decay=args.weight_decay,
         layer_decay=args.layer_decay, fused=True)
@@ -493,8 +499,10 @@ def main(args):
                       label_smoothing=args.smoothing, num_classes=len(classes))
     # 6. resume
     meter = models.Meter(args, optimizer, args.epochs)
+    # timm's schedulers depend on the step alone; a scheduler with a state belongs here, too
     parts = {'model': model_without_ddp, 'optimizer': optimizer, 'scaler': scaler, 'meter': meter}
     first_epoch, samples = models.resume(args, classes, **parts)
+    write_args(args, given)
     # 7. epochs: train, save, evaluate, log
     for epoch in range(first_epoch, args.epochs):
         start = loader.sampler.set_epoch(epoch, samples)

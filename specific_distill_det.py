@@ -71,7 +71,7 @@ def get_args_parser():
     group.add_argument('--teacher_path', help='its file or https URL; without it, labels alone')
     group.add_argument('--fpn_weight', type=float, default=0.001, help='weight of the feature loss')
     group.add_argument('--head_weight', type=float, default=0.1, help='weight of the logit loss')
-    group.add_argument('--distill_warmup', type=int, default=500, help='updates to both weights')
+    group.add_argument('--distill_warmup', type=int, default=500, help='updates until both are full')
 
     group = parser.add_argument_group('model')
     group.add_argument('--model', default='vit_small_patch16', help='network to train')
@@ -82,7 +82,7 @@ def get_args_parser():
     group.add_argument('--fpn_dim', type=int, default=256, help='channels of pyramid and heads')
     group.add_argument('--head_dim', type=int, default=1024, help='width of the last box layer')
     group.add_argument('--anchor_size', type=int, default=32,
-                       help='pixels: side of the smallest anchors; lower it with the input size')
+                       help='pixels: side of the smallest anchors, in proportion to the input size')
     group.add_argument('--proposals', type=int, default=1000, help='regions per image from the RPN')
     group.add_argument('--roi_batch', type=int, default=512, help='regions per image to train on')
     group.add_argument('--drop_path', type=float, default=0.1, help='stochastic depth, last block')
@@ -97,7 +97,7 @@ def get_args_parser():
     group.add_argument('--warmup_iterations', type=int, default=250,
                        help='updates of linear warm-up from 0.001 of the learning rate')
     group.add_argument('--lr', type=float, default=1e-4,
-                       help='a tenth of it after 8/9 of the iterations, a hundredth after 26/27')
+                       help='learning rate; a tenth after 8/9 of the updates, a hundredth after 26/27')
     group.add_argument('--layer_decay', type=float, default=0.7, help='lr factor per block')
     group.add_argument('--weight_decay', type=float, default=0.05,
                        help='none on 1-D parameters and positions; ViTDet-B, the teacher, has 0.1')
@@ -121,7 +121,7 @@ def get_args_parser():
     group.add_argument('--eval', action='store_true', help='only evaluate the --resume checkpoint')
     group.add_argument('--eval_every', type=int, default=5000,
                        help='updates per round, then a checkpoint, an evaluation and a log line')
-    group.add_argument('--results_json', help='for the last detections, in COCO\'s format')
+    group.add_argument('--results_json', help='file for the last detections, in COCO\'s format')
     group.add_argument('--save_every', type=int, default=0,
                        help='also keep checkpoint-N.pth every so many epochs (or rounds); 0: never')
     group.add_argument('--print_freq', type=int, default=50, help='steps between printed lines')
@@ -150,12 +150,19 @@ def read_coco(path, is_train):
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SystemExit(f'cannot read {path} as COCO annotations: {error!r}') from error
     annotations, left_out = [], Counter()
+    images = {image['id'] for image in coco['images']}
+    categories = {category['id'] for category in coco['categories']}
     for number, entry in enumerate(coco['annotations'], 1):
+        if entry['category_id'] not in categories:
+            raise SystemExit(f'{path}: annotation {entry.get("id")} has the unknown category '
+                             f'{entry["category_id"]}')
         width, height = entry['bbox'][2:]
         crowd, shape = int(entry.get('iscrowd', 0)), entry.get('segmentation') or []
         if isinstance(shape, list):  # not run lengths; pycocotools takes two corners for a box
             shape = [polygon for polygon in shape if len(polygon) >= 6]
-        if not shape:
+        if entry['image_id'] not in images:
+            left_out['of no listed image'] += 1
+        elif not shape:
             left_out['without a polygon'] += 1
         elif is_train and crowd:
             left_out['crowds'] += 1
@@ -326,6 +333,7 @@ def build_data(args):
     if all(entry['iscrowd'] for entry in val_coco['annotations']):
         raise SystemExit(f'{val_path} has no object to evaluate')
     val = CocoDataset(val_coco, val_images, args, is_train=False)
+    _ = val[0]  # finds a wrong folder now, not after the first round
     own_share = [(0, index) for index in range(args.rank, len(val), args.world_size)]
     val_loader = torch.utils.data.DataLoader(
         models.SeededDataset(val, args.seed), sampler=own_share, **options)
@@ -338,7 +346,7 @@ def build_data(args):
         raise SystemExit(f'{path} and {val_path} have different categories')
     used = len(coco['annotations'])
     if not used:
-        raise SystemExit(f'{path} has no object to learn from; left out: {dict(left_out)}')
+        raise SystemExit(f'{path} has no object with a mask to learn from; left out: {dict(left_out)}')
     train = CocoDataset(coco, images, args, is_train=True)
     sampler = models.SeededSampler(len(train), args, args.eval_every, args.iterations)
     train_loader = torch.utils.data.DataLoader(
@@ -807,9 +815,10 @@ def parse_args(parser):
 
 
 def setup(args):
-    """Joins the other processes, listens to signals, writes args.json; returns the device.
+    """Joins the other processes, listens to signals, checks the output folder.
 
-    Adds rank, world_size and distributed to args. args.json holds the flags as they were given.
+    Adds rank, world_size and distributed to args. Returns the device and what args.json will hold:
+    the flags as they were given, and the commit, versions and hardware.
     """
     given = dict(vars(args))
     args.rank, args.world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
@@ -840,8 +849,9 @@ def setup(args):
     hardware = f'{args.world_size} x {torch.cuda.get_device_name() if cuda else "cpu"}'
     print(f'command: {shlex.join(sys.argv)}\n'
           f'commit {commit}, {versions}, {hardware}, amp {args.amp}')
+    given |= zip(ORIGIN, (commit, versions, hardware))
     if getattr(args, 'eval', False):
-        return device
+        return device, given
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     own = args.resume and (
@@ -849,12 +859,9 @@ def setup(args):
     if not own and ((folder / 'checkpoint.pth').exists() or (folder / 'previous.pth').exists()):
         raise SystemExit(f'--output_dir {folder} holds another run: choose another folder, or '
                          'go on with it by --resume auto')
-    if args.rank == 0:
-        origin = dict(zip(ORIGIN, (commit, versions, hardware)))
-        (folder / 'args.json').write_text(json.dumps(given | origin, indent=2) + '\n')
     for number in models.STOP_SIGNALS:
         signal.signal(number, request_stop)
-    return device
+    return device, given
 
 
 def request_stop(number, frame):
@@ -891,6 +898,12 @@ def backward(loss, model, optimizer, scaler, step, args):
     return grad_norm
 
 
+def write_args(args, given):
+    """Writes args.json; after the resume, as a run that is refused leaves it alone."""
+    if args.rank == 0:
+        Path(args.output_dir, 'args.json').write_text(json.dumps(given, indent=2) + '\n')
+
+
 def write_log(args, line):
     """Adds a line to log.txt; lines of the same and later epochs go, they were run again."""
     path, key = Path(args.output_dir, 'log.txt'), next(iter(line))  # epoch or iteration
@@ -906,7 +919,7 @@ def write_log(args, line):
 
 def main(args):
     # 1. processes, device, seed, recipe
-    device = setup(args)
+    device, given = setup(args)
     patch = models.parse_name(args.model).patch
     args.input_size = models.check_img_size(args.input_size, patch)
     side, other_side = args.input_size
@@ -958,12 +971,14 @@ def main(args):
     # 6. resume
     rounds = math.ceil(args.iterations / args.eval_every)
     meter = models.Meter(args, optimizer, rounds, 'round')
+    # timm's schedulers depend on the step alone; a scheduler with a state belongs here, too
     parts = {'model': detector, 'optimizer': optimizer, 'scaler': scaler, 'meter': meter}
     if teacher is not None:
         parts['adapters'] = adapters
-    first_round, samples = models.resume(args, classes, fixed=('eval_every', 'iterations'), **parts)
+    first_epoch, samples = models.resume(args, classes, fixed=('eval_every', 'iterations'), **parts)
+    write_args(args, given)
     # 7. rounds: train, save, evaluate, log
-    for epoch in range(first_round, rounds):
+    for epoch in range(first_epoch, rounds):
         start = loader.sampler.set_epoch(epoch, samples)
         step = train_one_epoch(model, teacher, loader, optimizer, scheduler, scaler, meter, device,
                                epoch, start, args)
@@ -971,9 +986,9 @@ def main(args):
         if step < len(loader):
             print('stopped by a signal: --resume auto goes on from here')
             return
-        done = min(args.iterations, (epoch + 1) * args.eval_every)
         stats = evaluate(detector, val_loader, val_coco, device, args)
-        write_log(args, {'iteration': done, **meter.stats(), **stats})
+        iteration = min(args.iterations, (epoch + 1) * args.eval_every)
+        write_log(args, {'iteration': iteration, **meter.stats(), **stats})
         samples = 0
     print(f'done: {args.iterations} iterations in {timedelta(seconds=int(meter.seconds))} '
           f'of training, see {args.output_dir}')

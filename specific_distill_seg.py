@@ -168,6 +168,8 @@ def read_classes(args, pairs):
                 match = re.match(r'\s*(\d+)\s(?:.*\t)?\s*(\S.*?)\s*$', line)
                 if match and int(match[1]) < IGNORE:
                     names[int(match[1])] = match[2]
+            if not names:
+                raise SystemExit(f'{path} has no line with a value and a name, such as `1 wall`')
     if number is None and names:
         number = max(names) + 1 - first
     if number is None and args.eval:
@@ -420,7 +422,7 @@ def load_segmenter(path, classes, args, name=None):
                          f'{args.input_size[0]}: patch and --input_size must be the same')
     model = Segmenter(name, len(classes), side)
     models.load_strictly(model, state, path)
-    print(f'{name}: {len(state)} tensors of {path}')
+    print(f'loaded {len(state)} tensors of {path}: {name}')
     return model.requires_grad_(False).eval()
 
 
@@ -443,7 +445,7 @@ def cwd_loss(student_logits, teacher_logits, tau=1.0):
     return tau ** 2 * divergence.mean()
 
 
-def pixel_loss(logits, labels):
+def label_loss(logits, labels):
     """Cross-entropy of logits (N, C, h, w), enlarged to the labels (N, H, W), in float32.
 
     Returns a scalar, the mean over all pixels, where ignored ones count as 0 (mmsegmentation).
@@ -469,8 +471,8 @@ def train_one_epoch(model, teacher, loader, optimizer, scheduler, scaler, meter,
             with torch.autocast(device.type, AMP_DTYPES[args.amp], enabled=args.amp != 'off'):
                 logits, aux_logits = model(images)
                 # supplement: CE + 0.4 CE_aux + alpha CWD, alpha = 3, tau = 1
-                losses = {'loss_seg': pixel_loss(logits, labels),
-                          'loss_aux': args.aux_weight * pixel_loss(aux_logits, labels)}
+                losses = {'loss_seg': label_loss(logits, labels),
+                          'loss_aux': args.aux_weight * label_loss(aux_logits, labels)}
                 if teacher is not None:
                     with torch.no_grad():
                         teacher_logits = teacher(images)
@@ -579,9 +581,10 @@ def parse_args(parser):
 
 
 def setup(args):
-    """Joins the other processes, listens to signals, writes args.json; returns the device.
+    """Joins the other processes, listens to signals, checks the output folder.
 
-    Adds rank, world_size and distributed to args. args.json holds the flags as they were given.
+    Adds rank, world_size and distributed to args. Returns the device and what args.json will hold:
+    the flags as they were given, and the commit, versions and hardware.
     """
     given = dict(vars(args))
     args.rank, args.world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
@@ -612,8 +615,9 @@ def setup(args):
     hardware = f'{args.world_size} x {torch.cuda.get_device_name() if cuda else "cpu"}'
     print(f'command: {shlex.join(sys.argv)}\n'
           f'commit {commit}, {versions}, {hardware}, amp {args.amp}')
+    given |= zip(ORIGIN, (commit, versions, hardware))
     if getattr(args, 'eval', False):
-        return device
+        return device, given
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     own = args.resume and (
@@ -621,12 +625,9 @@ def setup(args):
     if not own and ((folder / 'checkpoint.pth').exists() or (folder / 'previous.pth').exists()):
         raise SystemExit(f'--output_dir {folder} holds another run: choose another folder, or '
                          'go on with it by --resume auto')
-    if args.rank == 0:
-        origin = dict(zip(ORIGIN, (commit, versions, hardware)))
-        (folder / 'args.json').write_text(json.dumps(given | origin, indent=2) + '\n')
     for number in models.STOP_SIGNALS:
         signal.signal(number, request_stop)
-    return device
+    return device, given
 
 
 def request_stop(number, frame):
@@ -663,6 +664,12 @@ def backward(loss, model, optimizer, scaler, step, args):
     return grad_norm
 
 
+def write_args(args, given):
+    """Writes args.json; after the resume, as a run that is refused leaves it alone."""
+    if args.rank == 0:
+        Path(args.output_dir, 'args.json').write_text(json.dumps(given, indent=2) + '\n')
+
+
 def write_log(args, line):
     """Adds a line to log.txt; lines of the same and later epochs go, they were run again."""
     path, key = Path(args.output_dir, 'log.txt'), next(iter(line))  # epoch or iteration
@@ -678,7 +685,7 @@ def write_log(args, line):
 
 def main(args):
     # 1. processes, device, seed, recipe
-    device = setup(args)
+    device, given = setup(args)
     size = models.parse_name(args.model)
     args.input_size = models.check_img_size(args.input_size, size.patch)
     if args.input_size[0] != args.input_size[1] or args.input_size[0] < 2 * size.patch:
@@ -735,9 +742,11 @@ def main(args):
     # 6. resume
     rounds = math.ceil(args.iterations / args.eval_every)
     meter = models.Meter(args, optimizer, rounds, 'round')
+    # timm's schedulers depend on the step alone; a scheduler with a state belongs here, too
     parts = {'model': model_without_ddp, 'optimizer': optimizer, 'scaler': scaler, 'meter': meter}
     first_epoch, samples = models.resume(args, classes, fixed=('eval_every', 'iterations'), **parts)
-    # 7. epochs: train, save, evaluate, log
+    write_args(args, given)
+    # 7. rounds: train, save, evaluate, log
     for epoch in range(first_epoch, rounds):
         start = loader.sampler.set_epoch(epoch, samples)
         step = train_one_epoch(model, teacher, loader, optimizer, scheduler, scaler, meter, device,

@@ -434,10 +434,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(sc
 def test_a_run_is_never_overwritten_but_a_failed_start_can_be_repeated(script, data, chain, tmp_path):
     """An output folder without a checkpoint holds no run; that of a run is refused and left as it is."""
     error_of(script, data, tmp_path, PLAIN[script], '--model resnet50')
-    assert (tmp_path / 'args.json').exists()
     train(script, data, tmp_path, PLAIN[script])
     (tmp_path / 'previous.pth').unlink()
     before = contents(tmp_path)
+    other = 'mae_vit_nano_patch8' if script is GENERIC else 'vit_nano_patch8'
+    with pytest.raises(SystemExit, match='architecture'):
+        train(script, data, tmp_path, PLAIN[script], '--resume', 'auto', '--model', other)
+    assert contents(tmp_path) == before
     for flags in ((), ('--resume', chain.paths['mae'])):
         with pytest.raises(SystemExit, match='holds another run.*--resume auto'):
             train(script, data, tmp_path, PLAIN[script], *flags)

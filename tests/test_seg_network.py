@@ -439,7 +439,8 @@ def test_main_starts_the_student_and_reads_the_teacher_by_its_own_name(data, tmp
     path = tmp_path / 'teacher/checkpoint.pth'
     model, teacher, *_ = built_by_main(
         monkeypatch, data, tmp_path / 'out', '--model', 'vit_pico_patch8', '--input_size', 32,
-        '--batch_size', 2, '--finetune', tmp_path / 'mae.pth', '--teacher_path', path)
+        '--batch_size', 2, '--finetune', tmp_path / 'mae.pth', '--teacher_path', path, '--grad_checkpointing')
+    assert model.backbone.grad_checkpointing and not teacher.backbone.grad_checkpointing
     assert torch.equal(model.backbone.blocks[1].mlp.fc2.weight, encoder['blocks.1.mlp.fc2.weight'])
     saved = checkpoint_of(tmp_path / 'teacher')['model']
     assert len(teacher.backbone.blocks) == 4 and list(teacher.state_dict()) == list(saved)
@@ -475,9 +476,8 @@ def test_all_processes_save_and_evaluate_with_the_statistics_of_the_first(data, 
         seen.append(model.state_dict())
         return evaluate(model, *rest)
 
-    patches = {'setup': setup_distributed, 'evaluate': evaluate_and_look}
-    for name, function in patches.items():
-        monkeypatch.setattr(seg, name, function)
+    monkeypatch.setattr(seg, 'setup', setup_distributed)
+    monkeypatch.setattr(seg, 'evaluate', evaluate_and_look)
     monkeypatch.setattr(dist, 'broadcast', broadcast)
     dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
     try:
