@@ -172,7 +172,7 @@ def read_classes(args, pairs):
                 raise SystemExit(f'{path} has no line with a value and a name, such as `1 wall`')
     if number is None and names:
         number = max(names) + 1 - first
-    if number is None and args.eval:
+    if args.eval and not names:
         _, checkpoint = models.find_checkpoint(args)
         return checkpoint.get('classes') or []  # none: load_segmenter says what is wrong
     if number is None:

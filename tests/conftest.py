@@ -66,12 +66,16 @@ def command(script, data, out, *flags):
     return [script.__file__, *words]
 
 
-def run(script, *words):
-    """A command line in this process, without the start and the end of one."""
-    script.stop_signal.clear()
+def parse(script, *words):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'argv', [str(word) for word in words])
-        return script.main(script.parse_args(script.get_args_parser()))
+        return script.parse_args(script.get_args_parser())
+
+
+def run(script, *words):
+    """A command line in this process."""
+    script.stop_signal.clear()
+    script.main(parse(script, *words))
 
 
 def train(script, data, out, *flags):

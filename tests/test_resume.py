@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import (CLS, DET, EVERY_SCRIPT, GENERIC, NAMES, SEG, assert_same_bits, assert_same_run,
-                      checkpoint_of, command, environment, evaluate_alone, largest_difference, log_of, run,
-                      run_two_processes, scores_of, start_two_processes, train, without_clock)
+                      checkpoint_of, command, environment, evaluate_alone, largest_difference, log_of, parse,
+                      run, run_two_processes, scores_of, start_two_processes, train, without_clock)
 
 import models
 
@@ -84,7 +85,7 @@ def test_a_run_that_is_stopped_at_every_update_ends_with_the_same_bits(
     """In accumulation and at the last update of an epoch, too; the log is that of the whole run."""
     after_updates(script, lambda step: script.stop_signal.set())
     stops = 0
-    while True:
+    while stops < UPDATES[script]:
         start(script, data, tmp_path)
         if STOPPED not in capsys.readouterr().out:
             break
@@ -177,7 +178,7 @@ def test_an_evaluation_that_was_interrupted_is_made_again(script, data, whole, t
 @EVERY_SCRIPT
 def test_a_finished_run_is_evaluated_again_and_stays_as_it_is(
         script, data, whole, tmp_path, monkeypatch, capsys):
-    start(script, data, tmp_path)
+    shutil.copytree(whole[script], tmp_path, dirs_exist_ok=True)
     log = (tmp_path / 'log.txt').read_text()
     monkeypatch.setattr(script, 'backward', lambda *_: pytest.fail('trained again'))
     capsys.readouterr()
@@ -190,7 +191,7 @@ def test_a_finished_run_is_evaluated_again_and_stays_as_it_is(
 @pytest.mark.parametrize('damage', ['truncated', 'empty', 'missing'])
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before_it(damage, data, whole, tmp_path, capsys):
     """--resume auto says so in one line, and ends with the same bits."""
-    start(CLS, data, tmp_path)
+    shutil.copytree(whole[CLS], tmp_path, dirs_exist_ok=True)
     content = (tmp_path / 'checkpoint.pth').read_bytes()
     (tmp_path / 'checkpoint.pth').unlink()
     if damage != 'missing':
@@ -371,9 +372,11 @@ def test_args_json_holds_the_flags_as_given_and_the_origin_of_the_run(script, wh
 @EVERY_SCRIPT
 def test_args_json_repeats_a_run_and_flags_by_hand_win(script, whole, tmp_path):
     """--config: the values of another run, but not its folder and --resume; another seed is another run."""
-    config = ('--config', whole[script] / 'args.json', '--output_dir')
-    run(script, script.__file__, *config, tmp_path / 'same')
+    words = (script.__file__, '--config', whole[script] / 'args.json')
+    args = parse(script, *words)
+    assert (args.output_dir, args.resume, args.save_every) == ('output_dir', None, 1)
+    run(script, *words, '--output_dir', tmp_path / 'same')
     assert_same_run(tmp_path / 'same', whole[script])
-    run(script, script.__file__, *config, tmp_path / 'seed', '--seed', 1)
+    run(script, *words, '--output_dir', tmp_path / 'seed', '--seed', 1)
     first, other = (checkpoint_of(folder) for folder in (whole[script], tmp_path / 'seed'))
     assert largest_difference(first['model'], other['model']) > 1e-2 and other['args']['seed'] == 1

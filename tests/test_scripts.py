@@ -51,7 +51,8 @@ RUNS = {
     'recon_gt': (GENERIC, '--teacher_path {mae} --target recon_gt', 'recon pixel'),
     'teacher': (CLS, '--model vit_nano_patch8 --finetune {mae}', ''),
     'g2sd': (CLS, '--finetune {feature} --teacher_path {teacher}', 'class distill'),
-    'soft': (CLS, '--finetune {feature} --teacher_path {teacher} --distillation_type soft', 'class distill'),
+    'soft': (CLS, '--finetune {feature} --teacher_path {teacher} --distillation_type soft '
+                  '--distillation_alpha 0.9', 'class distill'),
     'labels': (CLS, '--finetune {feature}', ''),
     'deit_distilled': (CLS, '--teacher_path {teacher}', 'class distill'),
     'deit': (CLS, '', ''),
@@ -98,6 +99,8 @@ def test_a_run_logs_terms_that_add_up_to_its_loss(name, chain):
         if names:
             assert line['train_loss'] == pytest.approx(sum(line[entry] for entry in names), rel=1e-5)
         assert line['train_lr'] > 0 and line['train_seconds'] > 0
+    if name == 'soft':  # 12 classes; weighted as they are summed
+        assert lines[0]['train_loss_class'] == pytest.approx(0.1 * math.log(12), rel=0.1)
     measures = {GENERIC: [], CLS: ['acc1', 'acc5'], DET: ['bbox_AP', 'mask_AP'], SEG: ['mIoU']}[script]
     assert all(0 <= lines[-1][f'test_{measure}'] <= 100 for measure in measures)
 

@@ -131,11 +131,14 @@ def test_classes_come_from_the_flag_the_files_or_the_largest_label(case, tmp_pat
 
 
 @pytest.mark.parametrize('names, labels, flags, message', [
-    ('', [0, 1], [], '^1 classes'), ('', [254], [FROM_0], '^255 classes'),
-    ('1 sky\n2 road\n3 sky\n', [1], [], '^3 classes of 2 names')])
-def test_one_class_more_than_254_and_a_name_twice_are_refused(names, labels, flags, message, tmp_path):
+    (None, [0, 1], [], '^1 classes'), (None, [254], [FROM_0], '^255 classes'),
+    ('1 sky\n2 road\n3 sky\n', [1], [], '^3 classes of 2 names'),
+    ('sky\nroad\n', [1], [], r'classes\.txt has no line with a value and a name')])
+def test_classes_that_cannot_be_are_refused(names, labels, flags, message, tmp_path):
+    """One class, more than 254, a name twice, a file without values."""
     write_set(tmp_path, training=labels, validation=[0])
-    (tmp_path / 'classes.txt').write_text(names)
+    if names:
+        (tmp_path / 'classes.txt').write_text(names)
     with pytest.raises(SystemExit, match=message):
         classes_of(tmp_path, *flags)
 
@@ -399,7 +402,8 @@ def test_evaluation_scales_the_image_and_leaves_the_label_as_it_is(tmp_path):
     for name, ((height, width), _) in sizes.items():
         small = Image.fromarray(random_bytes(6, 6, 3)).resize((width, height), Image.Resampling.BICUBIC)
         write_pair(tmp_path, np.asarray(small), random_bytes(height, width, high=7), name, 'validation')
-    flags = ('--data_path', tmp_path, '--eval', '--resume', 'none', '--nb_classes', 6)
+    (tmp_path / 'classes.txt').write_text('6 the last class\n')
+    flags = ('--data_path', tmp_path, '--eval', '--resume', 'none')
     _, loader, _ = seg.build_data(run_args(*flags))
     for (image, label), (name, (_, (height, width))) in zip(loader, sizes.items(), strict=True):
         values = np.asarray(Image.open(tmp_path / f'annotations/validation/{name}.png')).astype(int)

@@ -66,7 +66,7 @@ def without_dropout(module):
     return module
 
 
-# ---- pixel loss ----------------------------------------------------------------------------------
+# ---- label loss ----------------------------------------------------------------------------------
 
 
 def plain_weights(length, wanted):
@@ -86,7 +86,7 @@ def plain_resize(x, size):
     return np.einsum('ih,nchw,jw->ncij', rows, np.asarray(x.detach().double()), columns)
 
 
-def plain_pixel_loss(logits, labels):
+def plain_label_loss(logits, labels):
     """-log softmax at the label of each pixel that has one, over the number of all pixels."""
     enlarged, total = plain_resize(logits, labels.shape[1:]), 0.0
     for n, i, j in np.ndindex(*labels.shape):
@@ -97,7 +97,7 @@ def plain_pixel_loss(logits, labels):
 
 
 @pytest.mark.parametrize('size', [(7, 11), (3, 2)])
-def test_pixel_loss_equals_a_float64_loop_under_autocast_too(size):
+def test_label_loss_equals_a_float64_loop_under_autocast_too(size):
     """Bilinear between pixel centres; a mean over all pixels, in which ignored ones count as 0."""
     labels = torch.randint(0, 5, (2, *size), generator=torch.Generator().manual_seed(1))
     labels = labels.where(randn(2, *size) < 0.3, 255).to(torch.uint8)
@@ -105,20 +105,20 @@ def test_pixel_loss_equals_a_float64_loop_under_autocast_too(size):
     assert 0.2 < (labels == 255).float().mean() < 0.8
     for dtype in (torch.float32, torch.bfloat16):
         with torch.autocast('cpu', dtype=torch.bfloat16, enabled=dtype != torch.float32):
-            loss = seg.pixel_loss(logits.to(dtype), labels)
+            loss = seg.label_loss(logits.to(dtype), labels)
         assert loss.shape == () and loss.dtype == torch.float32
-        assert loss.item() == pytest.approx(plain_pixel_loss(logits.to(dtype), labels), rel=1e-5)
+        assert loss.item() == pytest.approx(plain_label_loss(logits.to(dtype), labels), rel=1e-5)
 
 
 def test_ignored_pixels_teach_nothing_and_a_batch_of_them_costs_nothing():
     logits, labels = randn(1, 3, 4, 4).requires_grad_(), torch.full((1, 4, 4), 2, dtype=torch.uint8)
     labels[:, :, 2:] = 255
-    loss = seg.pixel_loss(logits, labels)
-    half = seg.pixel_loss(logits[..., :2], labels[..., :2])
+    loss = seg.label_loss(logits, labels)
+    half = seg.label_loss(logits[..., :2], labels[..., :2])
     assert loss.item() == pytest.approx(half.item() / 2, rel=1e-6)
     gradient, = torch.autograd.grad(loss, logits)
     assert (gradient[..., 2:] == 0).all() and (gradient[..., :2] != 0).all()
-    loss = seg.pixel_loss(logits, torch.full_like(labels, 255))
+    loss = seg.label_loss(logits, torch.full_like(labels, 255))
     gradient, = torch.autograd.grad(loss, logits)
     assert loss.item() == 0 and (gradient == 0).all()
 
@@ -282,7 +282,7 @@ def test_heads_start_from_mmsegmentations_values():
 
 def backward(model, images, labels):
     logits, aux_logits = model(images)
-    (seg.pixel_loss(logits, labels) + 0.4 * seg.pixel_loss(aux_logits, labels)).backward()
+    (seg.label_loss(logits, labels) + 0.4 * seg.label_loss(aux_logits, labels)).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
@@ -300,14 +300,14 @@ def test_every_parameter_gets_a_gradient():
 
 def test_checkpointing_computes_blocks_again_and_gives_the_same_gradients():
     """--grad_checkpointing, with the random draws of stochastic depth."""
-    found = []
+    found, calls = [], []
     for enabled in (False, True):
-        model, calls = filled(tiny_segmenter(drop_path=0.5), std=0.05).train(), []
+        model = filled(tiny_segmenter(drop_path=0.5), std=0.05).train()
         model.backbone.set_grad_checkpointing(enabled)
         model.backbone.blocks[1].attn.register_forward_hook(lambda *_: calls.append(1))
         torch.manual_seed(3)
         found.append(backward(model, *tiny_batch()))
-        assert len(calls) == 1 + enabled
+    assert len(calls) == 1 + 2
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, atol=1e-7, rtol=1e-5)
 
@@ -342,8 +342,8 @@ def plain_terms(w, images, labels):
     """What a step costs at --aux_weight 0.3, --cwd_weight 2.5, --cwd_tau 2."""
     student, teacher = w * images[:, :2].double().flatten(2), 2 * images[:, [2, 0]].double().flatten(2)
     student, teacher = (student / 2).log_softmax(dim=2), (teacher / 2).log_softmax(dim=2)
-    terms = {'loss_seg': plain_pixel_loss(w * images[:, :2], labels),
-             'loss_aux': 0.3 * plain_pixel_loss(w ** 2 * images[:, 1:, ::2, ::2], labels),
+    terms = {'loss_seg': plain_label_loss(w * images[:, :2], labels),
+             'loss_aux': 0.3 * plain_label_loss(w ** 2 * images[:, 1:, ::2, ::2], labels),
              'loss_cwd': 2.5 * 4 * (teacher.exp() * (teacher - student)).sum(dim=2).mean().item()}
     return {'loss': sum(terms.values()), **terms}
 
@@ -465,9 +465,9 @@ def test_all_processes_save_and_evaluate_with_the_statistics_of_the_first(data, 
     seen, setup, evaluate = [], seg.setup, seg.evaluate
 
     def setup_distributed(args):
-        device = setup(args)
+        returned = setup(args)
         args.distributed = True
-        return device
+        return returned
 
     def broadcast(buffer, source):
         buffer.fill_(0.5 if source == 0 else 7.0)
@@ -584,7 +584,8 @@ def test_evaluation_is_a_plain_loop_over_the_images_of_all_processes(world_size,
             (tmp_path / kind / 'validation').mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / kind / f'validation/{name}.png')
     monkeypatch.setattr(dist, 'all_reduce', lambda confusion: parts.append(confusion.clone()))
-    flags = f'--data_path {tmp_path} --eval --resume none --nb_classes 4'.split()
+    (tmp_path / 'classes.txt').write_text('4 the last class\n')
+    flags = f'--data_path {tmp_path} --eval --resume none'.split()
     for rank in range(world_size):
         args = run_args(*flags, rank=rank, world_size=world_size, input_size=[12, 12], distributed=True)
         _, loader, classes = seg.build_data(args)
