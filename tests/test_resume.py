@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -202,7 +203,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before_it(damage, data
     warned = [line for line in printed if line.startswith('warning: ')]
     assert len(warned) == (damage != 'missing')
     assert all('checkpoint.pth is no readable' in line for line in warned)
-    assert f'resumed {tmp_path}/previous.pth: 1 epochs or rounds and 0 samples are done' in printed
+    assert any(re.match('resumed .*/previous.pth: 1 epochs', line) for line in printed)
     assert_same_run(tmp_path, whole[CLS])
     for name in ('checkpoint.pth', 'previous.pth'):
         (tmp_path / name).write_bytes(b'damaged')
