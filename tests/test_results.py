@@ -100,9 +100,9 @@ def test_results_time_adds_both_stages_and_leaves_the_teacher_out(tmp_path, caps
         '3.50 ± 0.71 (n = 2)', '1.50 ± 0.71 (n = 2)', '5.00 ± 1.41 (n = 2)']  # 3 + 1, 4 + 2
     assert list(rows['teacher: MAE ViT-B, fine-tuned'].values())[:5] == [
         'MAE 1', 'fine-tuning 1', '90.00 (n = 1)', '9.00 (n = 1)', '99.00 (n = 1)']
-    assert rows['DeiT-S⚗ (with distillation)']['time, hours'] == '8.00 (n = 1)'
-    assert 'Time of G2SD-S / DeiT-S⚗: 0.62; in the paper 0.63 (71 / 112)' in text  # 5 / 8
-    assert rows['DeiT-S⚗ (with distillation)']['1st stage'] == 'supervised + distillation 4'
+    assert rows['DeiT-S with distillation']['time, hours'] == '8.00 (n = 1)'
+    assert 'Time of G2SD-S / DeiT-S with distillation: 0.62; in the paper 0.63 (71 / 112)' in text  # 5 / 8
+    assert rows['DeiT-S with distillation']['1st stage'] == 'supervised + distillation 4'
     assert rows['G2SD-S']['part of the teacher'] == '88.9 %'
 
 
@@ -148,7 +148,7 @@ def test_results_put_detection_beside_table_3(tmp_path, capsys):
     assert rows['teacher: ViTDet-B from MAE']['AP^bbox'] == '48.00 (n = 1)'
     assert rows['G2SD-S w/o S.D']['AP^bbox'] == ''
     assert rows['G2SD-S w/o S.D']['1st stage'] == 'fine-tuning 60 / fine-tuning 80'
-    paper = {'DeiT-S 300e': (79.9, 45.7, 40.7), 'DeiT-S⚗ 300e': (81.2, 47.2, 41.9),
+    paper = {'DeiT-S 300e': (79.9, 45.7, 40.7), 'DeiT-S with distillation 300e': (81.2, 47.2, 41.9),
              'DeiT-S 500e': (81.4, 46.9, 41.6), 'DINO-S 3200e': (82.0, 49.1, 43.3), 'iBOT-S 3200e': (82.3, 49.7, 44.0)}
     for method, values in paper.items():
         row = rows.pop(method)

@@ -55,7 +55,7 @@ def variant(method, name, stage, colour, top1, **trained_with):
 
 
 G2SD = Row('G2SD-S', ('generic', 'g2sd'), '#c62828', 82.5, hours=71)
-DEIT_DISTILLED = Row('DeiT-S⚗ (with distillation)', ('deit_distilled',), '#1565c0', 81.7, hours=112)
+DEIT_DISTILLED = Row('DeiT-S with distillation', ('deit_distilled',), '#1565c0', 81.7, hours=112)
 LAYER_COLOURS = {1: '#6d4c41', 2: '#ec407a', 3: '#9e9d24', 4: '#546e7a', 6: '#43a047', 8: '#8e24aa'}
 TABLES = (
     Table('Table 2: ImageNet classification', {'top-1': 'test_acc1'}, (
@@ -69,7 +69,7 @@ TABLES = (
         'AP50^mask': 'test_mask_AP50'}, (
         Row('teacher: ViTDet-B from MAE', ('teacher_det',), '#555555', box=51.6, mask=45.9),
         Row('DeiT-S 300e', ('det_deit',), '#7cb342', 79.9, box=45.7, mask=40.7),
-        Row('DeiT-S⚗ 300e', ('det_deit_distilled',), '#1565c0', 81.2, box=47.2, mask=41.9),
+        Row('DeiT-S with distillation 300e', ('det_deit_distilled',), '#1565c0', 81.2, box=47.2, mask=41.9),
         Row('DeiT-S 500e', ('det_deit_500',), '#2e7d32', 81.4, box=46.9, mask=41.6),
         Row('DINO-S 3200e', ('det_dino',), '#8e24aa', 82.0, box=49.1, mask=43.3),
         Row('iBOT-S 3200e', ('det_ibot',), '#00acc1', 82.3, box=49.7, mask=44.0),
@@ -251,7 +251,7 @@ def write_results(table, rows):
     text = write_table(table.title, headings, lines, kept=table.ours)
     if times.get(G2SD) and times.get(DEIT_DISTILLED):
         ours, theirs = (statistics.mean(map(sum, times[row])) for row in (G2SD, DEIT_DISTILLED))
-        text += (f'\nTime of G2SD-S / DeiT-S⚗: {ours / theirs:.2f}; in the paper '
+        text += (f'\nTime of G2SD-S / DeiT-S with distillation: {ours / theirs:.2f}; in the paper '
                  f'{G2SD.hours / DEIT_DISTILLED.hours:.2f} ({G2SD.hours} / {DEIT_DISTILLED.hours})\n')
     return text
 

@@ -114,7 +114,7 @@ def compose(columns, names, lines, note):
     zoom = -(-CELL // width)  # whole, so that pixels and patches stay sharp
     height, width = height * zoom, width * zoom
     row = height + gap + line
-    size = gap + len(columns) * (width + gap), 2 * line + gap + count * row
+    size = gap + len(columns) * (width + gap), 3 * line + gap + count * row
     sheet, font = Image.new('RGB', size, 'white'), ImageFont.load_default(14)
     draw = ImageDraw.Draw(sheet)
     for number, (caption, pictures) in enumerate(columns):
@@ -127,7 +127,7 @@ def compose(columns, names, lines, note):
         y = line + gap + index * row + height
         draw.text((gap, y), name, 'black', font)
         draw.text((x, y), text, 'black', font)
-    draw.text((gap, size[1] - line), note, 'black', font)
+    draw.text((gap, size[1] - 2 * line), note, 'black', font)
     return sheet
 
 
@@ -155,12 +155,12 @@ def main(args):
     noise = torch.rand(len(images), model.patch_embed.num_patches, generator=generator)
     masking = models.random_masking(noise, trained.mask_ratio)
     columns, cosines = make_columns(model, teacher, trained, torch.stack(images), masking)
-    note = 'Reconstructions: visible patches are pasted from the input'
+    note = 'Visible patches of reconstructions are pasted from the input'
     if trained.norm_pix_loss:
         note += '; true patch mean and variance used'
     lines, mean = [''] * len(images), ''
     if cosines is not None:
-        note += f'. Cosine from 0 (blue) to 1 (yellow), to decoder block {trained.target_layer}'
+        note += f'.\nCosine: 0 blue, 1 yellow; with decoder block {trained.target_layer}'
         hidden, cosines = masking.mask.bool(), cosines[:, 1:]
         lines = [f'hidden {values[gone].mean():.3f}, visible {values[~gone].mean():.3f}'
                  for values, gone in zip(cosines, hidden)]
