@@ -604,12 +604,16 @@ def setup(args):
         sys.stdout = open(os.devnull, 'w')
     sys.stdout.reconfigure(line_buffering=True)
     if args.amp is None:
-        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        args.amp = 'bf16' if bf16 else 'fp16' if cuda else 'off'
+        args.amp = 'off'
+        if cuda:
+            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            args.amp = 'bf16' if bf16 else 'fp16'
     timm.layers.set_fused_attn(cuda)  # on a CPU the fused kernel is slower, by a fifth in bf16
     models.seed_everything(args.seed, models.START)
     git = ['git', '-C', str(Path(__file__).resolve().parent), 'describe', '--always', '--dirty']
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or 'unknown'
+    commit = 'unknown'
+    with contextlib.suppress(FileNotFoundError):  # no git on this machine
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or commit
     versions = (f'torch {torch.__version__}, torchvision {torchvision.__version__}, '
                 f'timm {timm.__version__}')
     hardware = f'{args.world_size} x {torch.cuda.get_device_name() if cuda else "cpu"}'

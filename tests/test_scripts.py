@@ -632,3 +632,9 @@ def test_compiled_networks_learn_the_same_and_keep_their_names(data, chain, tmp_
     assert set(graphs) == {True, False}  # the student's with gradients, the teacher's without
     plain, compiled = (checkpoint_of(tmp_path / flags)['model'] for flags in ('', '--compile'))
     assert list(plain) == list(compiled) and largest_difference(plain, compiled) < 1e-4
+
+
+def test_a_machine_without_git_trains(data, tmp_path, monkeypatch):
+    monkeypatch.setenv('PATH', str(tmp_path))
+    train(GENERIC, data, tmp_path / 'out', PLAIN[GENERIC])
+    assert json.loads((tmp_path / 'out/args.json').read_text())['commit'] == 'unknown'
