@@ -47,8 +47,6 @@ MAE_STUDENT := mae_vit_small_patch16_dec256d4b
 OTHER_LAYERS := 2 6 8
 # MAE's recipe for fine-tuning ViT-B
 TEACHER_CLS_ARGS := --epochs 100 --blr 5e-4 --layer_decay 0.65 --drop_path 0.1
-# ViTDet-B's recipe
-TEACHER_DET_ARGS := --weight_decay 0.1
 # for ViT-B, 16 images
 TEACHER_SEG_ARGS := --lr 1e-4 --layer_decay 0.65 --batch_size 2
 else ifeq ($(SCALE)-$(DEVICE),cifar10-cuda)

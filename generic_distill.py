@@ -17,6 +17,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -139,6 +140,12 @@ def build_data(args, num_patches):
             root = root / 'train'
         if not args.data_path or not root.is_dir():
             raise SystemExit(f'--data_path {args.data_path}: give a folder of images')
+        folders = sorted(path.name for path in root.iterdir() if path.is_dir())
+        other = [name for name in folders if re.match('val|test|annotations', name, re.I)]
+        if other:  # of COCO, ADE20K ...: images of validation, or labels
+            inner = [*root.glob('train*/'), *root.glob('images/train*/'), *root.glob('images/')]
+            hint = inner[0] if inner else 'the folder of the training images'
+            raise SystemExit(f'--data_path {root} holds {other[0]}/, too: give {hint}')
         try:
             dataset = FlatFolder(root, transform, loader=models.read_rgb)
         except FileNotFoundError as error:

@@ -24,8 +24,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Mlp, PatchEmbed, resample_abs_pos_embed, trunc_normal_
 from timm.models.deit import VisionTransformerDistilled
@@ -311,12 +312,13 @@ HUGGING_FACE = (
     (r'^(vit\.)?embeddings\.cls_token', 'cls_token'),
     (r'^(vit\.)?embeddings\.position_embeddings', 'pos_embed'),
     (r'^(vit\.)?embeddings\.patch_embeddings\.projection\.', 'patch_embed.proj.'),
-    (r'^(vit\.)?encoder\.layer\.', 'blocks.'),
+    (r'^(vit\.)?(encoder\.layer|layers)\.', 'blocks.'),
     (r'^(vit\.)?layernorm\.', 'norm.'),
+    (r'^classifier\.', 'head.'),
     (r'^decoder\.decoder_(layers|encoder\.layer)\.', 'decoder_blocks.'),
     (r'^decoder\.', ''),
-    (r'\.attention\.attention\.(query|key|value)\.', r'.attn.\1.'),
-    (r'\.attention\.output\.dense\.', '.attn.proj.'),
+    (r'\.attention\.(attention\.)?(q|k|v)(uery|ey|alue|_proj)\.', r'.attn.\2.'),
+    (r'\.attention\.(output\.dense|o_proj)\.', '.attn.proj.'),
     (r'\.intermediate\.dense\.', '.mlp.fc1.'),
     (r'\.output\.dense\.', '.mlp.fc2.'),
     (r'\.layernorm_before\.', '.norm1.'),
@@ -325,15 +327,15 @@ HUGGING_FACE = (
 
 
 def from_hugging_face(state_dict):
-    """ViTMAE's names, with or without `vit.`, in both of its file namings -> MAE's names."""
+    """ViTMAE's names, with or without `vit.`, of files and in memory -> MAE's names."""
     renamed = {}
     for key, value in state_dict.items():
         for pattern, name in HUGGING_FACE:
             key = re.sub(pattern, name, key)
         renamed[key] = value
-    for key in [key for key in renamed if '.attn.query.' in key]:
-        parts = [renamed.pop(key.replace('query', part)) for part in ('query', 'key', 'value')]
-        renamed[key.replace('query', 'qkv')] = torch.cat(parts)
+    for key in [key for key in renamed if '.attn.q.' in key]:
+        parts = [renamed.pop(key.replace('.q.', f'.{part}.')) for part in 'qkv']
+        renamed[key.replace('.q.', '.qkv.')] = torch.cat(parts)
     return renamed
 
 
@@ -407,12 +409,14 @@ def load_checkpoint(path):
 def fit_positions(model, state_dict, path, flags):
     """Brings `pos_embed` and `decoder_pos_embed` to the model's tokens and grid, in place.
 
-    The rows before the patches are [class] or [class, distillation]; a missing second one becomes
-    zero. A detector's table, (1, H, W, D), has no such rows. Grids are resized bicubically without
+    The rows before the patches are [class] or [class, distillation]; missing ones become zero (DeiT
+    III has none). A detector's table, (1, H, W, D), has no such rows. Grids are resized bicubically without
     antialiasing, as in MAE and DeiT. flags: `own_args` of the checkpoint, which tell its grid;
     other files' grids are square. Returns what it did, in words.
     """
     done, own_parameters = [], dict(model.named_parameters())
+    if any('reg_token' in key or 'register_token' in key for key in state_dict):
+        raise SystemExit(f'{path} has register tokens, which the networks here do not have')
     for key in ('pos_embed', 'decoder_pos_embed'):
         table, own = state_dict.get(key), own_parameters.get(key)
         if table is None or own is None or table.ndim != 3:
@@ -422,19 +426,20 @@ def fit_positions(model, state_dict, path, flags):
         if flags:
             old_grid = flags['input_size'][0] // patch[0], flags['input_size'][-1] // patch[1]
         else:
-            side = math.isqrt(rows - 1)
-            if 'dist_token' in state_dict and math.isqrt(rows - 2) ** 2 == rows - 2:
-                side = math.isqrt(rows - 2)
+            side = math.isqrt(rows)
             old_grid = side, side
             if rows - 1 != side ** 2 and rows - 1 == grid[0] * grid[1]:
                 old_grid = grid
         prefix = rows - old_grid[0] * old_grid[1]
-        if prefix not in (1, 2) or (prefix == 2 and 'dist_token' not in state_dict):
+        if not 0 <= prefix <= 1 + ('dist_token' in state_dict):
             raise SystemExit(f'{path}: {key} has {rows} rows, no class token and grid of patches '
                              f'of {patch[0]} pixels: give the right --model or --input_size')
         if old_grid != grid:
             table = resample_abs_pos_embed(table, grid, old_grid, prefix, antialias=False)
             done.append(f'{key} {old_grid[0]}x{old_grid[1]} -> {grid[0]}x{grid[1]}')
+        if prefix == 0:
+            table, prefix = F.pad(table, (0, 0, 1, 0)), 1
+            done.append(f'{key}: zero position for the class token')
         if own.ndim == 4:
             table = table[:, prefix:].unflatten(1, grid)
         elif own.shape[1] > table.shape[1]:
@@ -713,9 +718,17 @@ def open_image(path):
         raise DataError(f'cannot read {path} ({reason}): repair or remove the file') from error
 
 
-def read_rgb(path):
-    """Image file -> Pillow RGB image. 16-bit grey is scaled; convert() would clip it to white."""
+def read_rgb(path, size=None):
+    """Image file -> Pillow RGB image. 16-bit grey is scaled; convert() would clip it to white.
+
+    size: (height, width) of the image's annotation. With it the orientation that EXIF tells is
+    applied, unless only the stored pixels have this size.
+    """
     image = open_image(path)
+    if size is not None:
+        turned = ImageOps.exif_transpose(image)
+        if tuple(size) != image.size[::-1] or turned.size == image.size:
+            image = turned
     if image.mode.startswith('I'):
         image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
     return image.convert('RGB')
@@ -749,9 +762,9 @@ class ResizedCrop(RandomResizedCrop):
 
 
 def count_classes(classes):
-    """Words for the data line: the number of classes, and their names if they are few."""
-    names = f': {", ".join(classes)}' if len(classes) <= 10 else ''
-    return f'{len(classes)} classes{names}'
+    """Words for the data line: the number of classes, and their names if they are few or hidden."""
+    shown = [name for name in classes if len(classes) <= 10 or name.startswith('.')]
+    return f'{len(classes)} classes' + (f': {", ".join(shown)}' if shown else '')
 
 
 def load_cifar(args, train, transform=None):

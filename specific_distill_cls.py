@@ -159,7 +159,8 @@ def open_dataset(args, split, transform=None):
     if not args.data_path or not root.is_dir():
         raise SystemExit(f'--data_path {args.data_path}: give one with train/CLASS/ and val/CLASS/')
     try:
-        return torchvision.datasets.ImageFolder(root, transform, loader=models.read_rgb)
+        return torchvision.datasets.ImageFolder(
+            root, transform, loader=models.read_rgb, allow_empty=split == 'val')
     except FileNotFoundError as error:
         raise SystemExit(f'--data_path: {error}'.splitlines()[0]) from error
 
@@ -181,7 +182,10 @@ def build_data(args):
     train = open_dataset(args, 'train', build_transform(args, is_train=True))
     if train.classes != val.classes:
         odd = min(set(train.classes) ^ set(val.classes))
-        raise SystemExit(f'--data_path: train/ and val/ hold different classes, e.g. {odd!r}')
+        raise SystemExit(f'--data_path: train/ and val/ hold different classes, e.g. {odd!r}; an '
+                         'empty folder in val/ is fine')
+    if len(train.classes) < 2:
+        raise SystemExit(f'--data_path: train/ has one folder, {train.classes[0]}: one per class')
     sampler = models.SeededSampler(len(train), args)
     train_loader = torch.utils.data.DataLoader(
         models.SeededDataset(train, args.seed), sampler=sampler,

@@ -29,6 +29,7 @@ from collections import Counter, OrderedDict, defaultdict
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import timm
@@ -43,11 +44,10 @@ from timm.models.vision_transformer_sam import (
 from timm.optim import create_optimizer_v2
 from timm.scheduler import MultiStepLRScheduler
 from torch import nn
-from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection import MaskRCNN, roi_heads
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign, roi_align
@@ -99,8 +99,9 @@ def get_args_parser():
     group.add_argument('--lr', type=float, default=1e-4,
                        help='learning rate; a tenth after 8/9 of the updates, a hundredth after 26/27')
     group.add_argument('--layer_decay', type=float, default=0.7, help='lr factor per block')
-    group.add_argument('--weight_decay', type=float, default=0.05,
-                       help='none on 1-D parameters and positions; ViTDet-B, the teacher, has 0.1')
+    group.add_argument('--weight_decay', type=float,
+                       help='none on 1-D parameters and positions; by default 0.05 with a teacher '
+                            '(the authors), 0.1 without one (ViTDet)')
     group.add_argument('--clip_grad', type=float, help='largest gradient norm; by default no limit')
 
     group = parser.add_argument_group('augmentation')
@@ -137,28 +138,46 @@ def get_args_parser():
 # ---- data ----------------------------------------------------------------------------------------
 
 
+def segmentation_box(segmentation):
+    """COCO polygons or run lengths -> the box around them, xywh in pixels."""
+    from pycocotools import mask as coco_mask  # the other stages do without pycocotools
+    if isinstance(segmentation, dict):
+        if isinstance(segmentation['counts'], list):
+            segmentation = coco_mask.frPyObjects(segmentation, *segmentation['size'])
+        return coco_mask.toBbox(segmentation).tolist()
+    x = [value for polygon in segmentation for value in polygon[::2]]
+    y = [value for polygon in segmentation for value in polygon[1::2]]
+    return [min(x), min(y), max(x) - min(x), max(y) - min(y)]
+
+
 def read_coco(path, is_train):
     """COCO JSON -> (dict as pycocotools takes it, categories by ascending id; what was left out).
 
     Annotations get what evaluation needs: an `id` from 1 (pycocotools takes a match with id 0 for
     none), `iscrowd` and `area`. Boxes are xywh in pixels of the original image. Left out are those
     without a polygon of three corners and, in training, crowds and empty boxes; counted by reason.
+    Ends the run if boxes are of another form: negative, or unlike their segmentations.
     """
+    from pycocotools import mask as coco_mask
     try:
-        content = json.loads(Path(path).read_bytes())
-        coco = {key: content[key] for key in ('images', 'annotations', 'categories')}
+        content = json.loads(Path(path).read_text(encoding='utf-8-sig'))
+        coco = {key: content[key] for key in ('images', 'categories')}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SystemExit(f'cannot read {path} as COCO annotations: {error!r}') from error
-    annotations, left_out = [], Counter()
+    annotations, left_out, unlike = [], Counter(), []
     images = {image['id'] for image in coco['images']}
     categories = {category['id'] for category in coco['categories']}
-    for number, entry in enumerate(coco['annotations'], 1):
+    for number, entry in enumerate(content.get('annotations', ()), 1):
+        name = f'{path}: annotation {entry.get("id")}'
         if entry['category_id'] not in categories:
-            raise SystemExit(f'{path}: annotation {entry.get("id")} has the unknown category '
-                             f'{entry["category_id"]}')
+            raise SystemExit(f'{name} has the unknown category {entry["category_id"]}')
         width, height = entry['bbox'][2:]
-        crowd, shape = int(entry.get('iscrowd', 0)), entry.get('segmentation') or []
-        if isinstance(shape, list):  # not run lengths; pycocotools takes two corners for a box
+        if min(width, height) < 0:
+            raise SystemExit(f'{name} has the box {entry["bbox"]}: boxes are x, y, width, height')
+        crowd, shape = int(entry.get('iscrowd') or 0), entry.get('segmentation') or []
+        if isinstance(shape, list):  # not run lengths; polygons of [x, y] pairs are flattened
+            shape = [np.ravel(polygon).tolist() for polygon in shape]
+            # pycocotools takes two corners for a box
             shape = [polygon for polygon in shape if len(polygon) >= 6]
         if entry['image_id'] not in images:
             left_out['of no listed image'] += 1
@@ -166,46 +185,73 @@ def read_coco(path, is_train):
             left_out['without a polygon'] += 1
         elif is_train and crowd:
             left_out['crowds'] += 1
-        elif is_train and min(width, height) <= 0:
+        elif is_train and min(width, height) == 0:
             left_out['with an empty box'] += 1
         else:
+            if min(width, height) > 0:
+                around = segmentation_box(shape)
+                if coco_mask.iou([entry['bbox']], [around], [0])[0, 0] < 0.5:
+                    unlike.append(f'{name} has the box {entry["bbox"]}, its segmentation {around}')
             annotations.append({
                 'id': number, 'image_id': entry['image_id'], 'category_id': entry['category_id'],
                 'bbox': entry['bbox'], 'area': entry.get('area', width * height), 'iscrowd': crowd,
                 'segmentation': shape})
+    if len(unlike) > 0.01 * len(annotations):
+        raise SystemExit(f'{unlike[0]}, and {len(unlike)} of {len(annotations)} objects are like it: '
+                         'boxes are x, y, width, height in pixels')
     coco['annotations'] = annotations
     coco['categories'].sort(key=lambda entry: entry['id'])
     return coco, left_out
 
 
-def decode_mask(segmentation, size, top, left, height, width):
-    """COCO polygons or run lengths of an image of size (height, width) -> mask of a crop of it.
+def clip_polygon(polygon, width, height):
+    """The part of a polygon (P, 2), xy, inside the image (Sutherland-Hodgman); (0, 2) if none."""
+    for axis, limit, sign in ((0, 0, 1), (1, 0, 1), (0, width, -1), (1, height, -1)):
+        inside = sign * (polygon[:, axis] - limit)
+        following = np.roll(inside, -1)
+        crossed = (inside < 0) != (following < 0)
+        share = inside / np.where(crossed, inside - following, 1)
+        crossings = polygon + share[:, None] * (np.roll(polygon, -1, axis=0) - polygon)
+        points = np.stack([polygon, crossings], axis=1)
+        polygon = points[np.stack([inside >= 0, crossed], axis=1)]
+    return polygon
 
-    top, left, height, width: the crop in whole pixels. Returns (height, width) uint8. Polygons are
-    moved, so that nothing larger than the crop is made; run lengths are cut.
+
+def crop_object(segmentation, size, part, new_size):
+    """COCO polygons or run lengths of an image of size (height, width), cropped and resized.
+
+    part: the crop (top, left, height, width) in pixels; new_size: what becomes of it, (height,
+    width). Returns what is seen of the object: its mask (height, width) uint8, 255 times the share
+    of each pixel that it covers, and the box (4,) around it, xyxy; (None, None) if nothing is seen.
+    Polygons are scaled and cut in floats; run lengths have the pixels of the original image.
     """
-    from pycocotools import mask as coco_mask  # the other stages do without pycocotools
+    from pycocotools import mask as coco_mask
+    top, left, height, width = part
+    scale = np.array([new_size[1] / width, new_size[0] / height])
     if isinstance(segmentation, dict):
         if isinstance(segmentation['counts'], list):
             segmentation = coco_mask.frPyObjects(segmentation, *size)
-        whole = coco_mask.decode(segmentation)
-        return np.ascontiguousarray(whole[top:top + height, left:left + width])
-    polygons = [np.reshape(polygon, (-1, 2)) - (left, top) for polygon in segmentation]
-    polygons = [polygon.ravel().tolist() for polygon in polygons]
-    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)))
-
-
-def masks_to_boxes(masks):
-    """Masks (K, H, W), none of them empty -> boxes (K, 4) float, xyxy, the last pixel inside.
-
-    torchvision.ops.masks_to_boxes leaves the last pixel out, and is much slower.
-    """
-    boxes = []
-    for axis in (1, 2):  # columns give x, rows give y
-        hit = masks.amax(axis)  # (K, W), then (K, H)
-        boxes.append((hit.int().argmax(1), hit.shape[1] - hit.flip(1).int().argmax(1)))
-    (x0, x1), (y0, y1) = boxes
-    return torch.stack([x0, y0, x1, y1], dim=1).float()
+        seen = coco_mask.decode(segmentation)[top:top + height, left:left + width]
+        corners = np.argwhere(seen)[:, ::-1]
+        corners = np.concatenate([corners, corners + 1]) * scale
+    else:
+        polygons = [(np.reshape(polygon, (-1, 2)) - (left, top)) * scale for polygon in segmentation]
+        corners = np.concatenate([clip_polygon(polygon, *new_size[::-1]) for polygon in polygons])
+    if not len(corners) or min(np.ptp(corners, axis=0)) <= 0:
+        return None, None
+    box = np.concatenate([corners.min(axis=0), corners.max(axis=0)])
+    if isinstance(segmentation, dict):
+        seen = torch.from_numpy(255 * seen)[None]
+        return v2.functional.resize(seen, new_size, antialias=True)[0].numpy(), box
+    # inside the box at twice the size, then the mean of four pixels
+    x0, y0, x1, y1 = *np.floor(box[:2]).astype(int), *np.ceil(box[2:]).astype(int)
+    polygons = [(2 * (polygon - (x0, y0))).ravel().tolist() for polygon in polygons]
+    fine = coco_mask.decode(coco_mask.merge(
+        coco_mask.frPyObjects(polygons, 2 * (y1 - y0), 2 * (x1 - x0)))).astype(np.uint16)
+    quarters = fine[::2, ::2] + fine[1::2, ::2] + fine[::2, 1::2] + fine[1::2, 1::2]
+    mask = np.zeros(new_size, np.uint8)
+    mask[y0:y1, x0:x1] = (255 * quarters + 2) // 4
+    return (mask, box) if mask.any() else (None, None)
 
 
 def draw_jitter(height, width, size, scale_range):
@@ -237,8 +283,8 @@ class CocoDataset(torch.utils.data.Dataset):
     """Images of `read_coco`, as the network takes them.
 
     Training: index -> (image (3, h, w) uint8, target), jittered, with `boxes` (K, 4) xyxy in its
-    pixels, `labels` (K,) from 1 and `masks` (K, h, w) uint8; K may be 0 after the crop. Images
-    without objects are left out. Evaluation: the long side becomes the input size; the target holds
+    pixels, `labels` (K,) from 1 and `masks` (K, h, w) uint8, see `crop_object`; K may be 0 after
+    the crop. Images without objects are left out. Evaluation: the long side becomes the input size; the target holds
     `image_id` and the original `size` (height, width).
     """
 
@@ -246,6 +292,13 @@ class CocoDataset(torch.utils.data.Dataset):
         self.folder, self.size, self.is_train = Path(image_folder), args.input_size[0], is_train
         self.scale_range = args.scale_jitter
         self.labels = {entry['id']: k for k, entry in enumerate(coco['categories'], 1)}
+        if not all(image['file_name'].isascii() for image in coco['images']):
+            # an accent may be a character of its own in one place and not in the other
+            on_disk = {normalize('NFC', path.relative_to(self.folder).as_posix()): path
+                       for path in self.folder.rglob('*')}
+            for image in coco['images']:
+                name = image['file_name']
+                image['file_name'] = str(on_disk.get(normalize('NFC', name), name))
         objects, records = defaultdict(list), []
         for entry in coco['annotations'] if is_train else ():
             objects[entry['image_id']].append(entry)
@@ -263,9 +316,10 @@ class CocoDataset(torch.utils.data.Dataset):
         start = self.ends[index - 1] if index else 0
         image, objects = json.loads(self.buffer[start:self.ends[index]].tobytes())
         path = self.folder / image['file_name']
-        pixels = v2.functional.pil_to_tensor(models.read_rgb(path))
+        size = image['height'], image['width']
+        pixels = v2.functional.pil_to_tensor(models.read_rgb(path, size))
         height, width = pixels.shape[1:]
-        if (height, width) != (image['height'], image['width']):
+        if (height, width) != size:
             raise models.DataError(
                 f'cannot read {path} ({height} high and {width} wide, its annotations say '
                 f'{image["height"]} and {image["width"]}): mend the annotations')
@@ -280,21 +334,22 @@ class CocoDataset(torch.utils.data.Dataset):
         part, new_size, flip = draw_jitter(*size, self.size, self.scale_range)
         top, left, height, width = part
         pixels = v2.functional.resized_crop(pixels, *part, new_size, antialias=True)
-        masks, labels = [torch.zeros(0, height, width, dtype=torch.uint8)], []
+        boxes, labels, masks = [], [], []
         for entry in objects:
             x, y, w, h = entry['bbox']
             if left < x + w and x < left + width and top < y + h and y < top + height:
-                mask = decode_mask(entry['segmentation'], size, *part)
-                masks.append(torch.from_numpy(mask)[None])
-                labels.append(self.labels[entry['category_id']])
-        masks = v2.functional.resize(
-            torch.cat(masks), new_size, interpolation=v2.InterpolationMode.NEAREST_EXACT)
+                mask, box = crop_object(entry['segmentation'], size, part, new_size)
+                if mask is not None:
+                    boxes.append(box)
+                    labels.append(self.labels[entry['category_id']])
+                    masks.append(mask)
+        boxes = torch.tensor(np.array(boxes), dtype=torch.float32).reshape(-1, 4)
+        masks = torch.tensor(np.array(masks), dtype=torch.uint8).reshape(-1, *new_size)
         if flip:
             pixels, masks = pixels.flip(-1), masks.flip(-1)
-        seen = masks.flatten(1).any(1).bool()
-        masks, labels = masks[seen].contiguous(), torch.tensor(labels, dtype=torch.int64)[seen]
-        boxes = masks_to_boxes(masks) if len(masks) else torch.zeros(0, 4)
-        return pixels.contiguous(), {'boxes': boxes, 'labels': labels, 'masks': masks}
+            boxes[:, [0, 2]] = new_size[1] - boxes[:, [2, 0]]
+        target = {'boxes': boxes, 'labels': torch.tensor(labels, dtype=torch.int64), 'masks': masks}
+        return pixels.contiguous(), target
 
 
 def collate_fn(batch):
@@ -317,6 +372,11 @@ def coco_paths(args, split):
     return annotations, images
 
 
+def reasons(left_out):
+    """What `read_coco` counted, in words."""
+    return ', '.join(f'{count} {reason}' for reason, count in left_out.items() if count) or 'none'
+
+
 def build_data(args):
     """(training loader or, with --eval, None; validation loader, its `read_coco`, class names).
 
@@ -328,17 +388,22 @@ def build_data(args):
                'num_workers': args.num_workers, 'worker_init_fn': models.start_worker,
                'pin_memory': args.device.startswith('cuda')}
     val_path, val_images = coco_paths(args, 'val')
-    val_coco, _ = read_coco(val_path, is_train=False)
+    val_coco, val_left_out = read_coco(val_path, is_train=False)
     classes = [entry['name'] for entry in val_coco['categories']]
-    if all(entry['iscrowd'] for entry in val_coco['annotations']):
-        raise SystemExit(f'{val_path} has no object to evaluate')
+    crowds = sum(entry['iscrowd'] for entry in val_coco['annotations'])
+    val_left_out['crowds'] = crowds
+    objects = len(val_coco['annotations']) - crowds
+    if not objects and not (args.eval and args.results_json):
+        raise SystemExit(f'{val_path} has no object to evaluate; left out: {reasons(val_left_out)}')
     val = CocoDataset(val_coco, val_images, args, is_train=False)
     _ = val[0]  # finds a wrong folder now, not after the first round
     own_share = [(0, index) for index in range(args.rank, len(val), args.world_size)]
     val_loader = torch.utils.data.DataLoader(
         models.SeededDataset(val, args.seed), sampler=own_share, **options)
+    evaluated = (f'{len(val)} images with {objects} objects to evaluate on, left out: '
+                 f'{reasons(val_left_out)}')
     if args.eval:
-        print(f'data: {len(val)} images to evaluate on, {models.count_classes(classes)}')
+        print(f'data: {evaluated}; {models.count_classes(classes)}')
         return None, val_loader, val_coco, classes
     path, images = coco_paths(args, 'train')
     coco, left_out = read_coco(path, is_train=True)
@@ -346,16 +411,16 @@ def build_data(args):
         raise SystemExit(f'{path} and {val_path} have different categories')
     used = len(coco['annotations'])
     if not used:
-        raise SystemExit(f'{path} has no object with a mask to learn from; left out: {dict(left_out)}')
+        raise SystemExit(f'{path} has no object with a mask to learn from; left out: '
+                         f'{reasons(left_out)}')
     train = CocoDataset(coco, images, args, is_train=True)
     sampler = models.SeededSampler(len(train), args, args.eval_every, args.iterations)
     train_loader = torch.utils.data.DataLoader(
         models.SeededDataset(train, args.seed), sampler=sampler,
         persistent_workers=args.num_workers > 0, **options)
-    reasons = ', '.join(f'{count} {reason}' for reason, count in left_out.items()) or 'none'
     print(f'data: {len(train)} of {len(coco["images"])} images in {images} have objects; {used} of '
-          f'{used + left_out.total()} objects used, left out: {reasons}; {len(val)} images to '
-          f'evaluate on; {models.count_classes(classes)}')
+          f'{used + left_out.total()} objects used, left out: {reasons(left_out)}; {evaluated}; '
+          f'{models.count_classes(classes)}')
     return train_loader, val_loader, val_coco, classes
 
 
@@ -558,6 +623,8 @@ class Detector(MaskRCNN):
         self.transform = NormaliseAndPad(
             0, 0, self.transform.image_mean, self.transform.image_std,
             size_divisible=args.input_size[0])
+        self.rpn.compute_loss = partial(rpn_loss, self.rpn.fg_bg_sampler)
+        self.rpn.min_size = torch.finfo(torch.float32).tiny  # any box that is not empty
         # detectron2's start values
         linear = self.roi_heads.box_head[-2]  # before the last ReLU
         box, mask = self.roi_heads.box_predictor, self.roi_heads.mask_predictor
@@ -644,6 +711,55 @@ def load_detector(path, classes, args, name=None):
 # ---- losses --------------------------------------------------------------------------------------
 
 
+def box_loss(class_logits, deltas, labels, targets):
+    """Of the box head: (cross-entropy, L1 of the boxes over the number of regions), as ViTDet.
+
+    class_logits: (K, 1+C); deltas: (K, 4*(1+C)); labels, from 0 = background, and targets, (K_i,)
+    and (K_i, 4), by image.
+    """
+    labels, targets = torch.cat(labels), torch.cat(targets)
+    objects = labels.nonzero()[:, 0]
+    deltas = deltas.unflatten(1, (-1, 4))[objects, labels[objects]]
+    distance = F.l1_loss(deltas, targets[objects], reduction='sum')
+    return F.cross_entropy(class_logits, labels), distance / labels.numel()
+
+
+def rpn_loss(sampler, logits, deltas, labels, targets):
+    """Of the RPN, of its sampled anchors: (cross-entropy, L1 of the boxes), as ViTDet.
+
+    sampler: chooses anchors; logits (K, 1), deltas (K, 4); labels (1 object, 0 ground, -1 neither)
+    and targets (K_i,), (K_i, 4) by image.
+    """
+    objects, grounds = (torch.cat(chosen).nonzero()[:, 0] for chosen in sampler(labels))
+    labels, targets, sampled = torch.cat(labels), torch.cat(targets), torch.cat([objects, grounds])
+    entropy = F.binary_cross_entropy_with_logits(logits.flatten()[sampled], labels[sampled])
+    distance = F.l1_loss(deltas[objects], targets[objects], reduction='sum')
+    return entropy, distance / sampled.numel()
+
+
+def mask_loss(logits, boxes, masks, labels, matches):
+    """Of the mask head: binary cross-entropy of the class's map (K, 1+C, M, M) inside each box.
+
+    By image: boxes (K_i, 4), true masks (G_i, H, W) of 0 to 255 and labels (G_i,), and each box's
+    object (K_i,). The target is the mask's pixel-aligned RoIAlign at the box, at least one half, as
+    in detectron2.
+    """
+    labels = torch.cat([part[match] for part, match in zip(labels, matches)])
+    targets = []
+    for box, mask, match in zip(boxes, masks, matches):
+        rois = torch.cat([match[:, None].to(box), box], dim=1)
+        targets.append(roi_align(mask[:, None].to(box), rois, logits.shape[-1], aligned=True))
+    targets = torch.cat(targets)[:, 0] >= 127.5
+    if not len(targets):
+        return 0 * logits.sum()
+    logits = logits[torch.arange(len(labels), device=labels.device), labels]
+    return F.binary_cross_entropy_with_logits(logits, targets.to(logits))
+
+
+# torchvision's RoIHeads looks its losses up in its module, by these names
+roi_heads.fastrcnn_loss, roi_heads.maskrcnn_loss = box_loss, mask_loss
+
+
 def frs_loss(student_features, teacher_features, student_logits, teacher_logits):
     """Feature-richness distillation: (L_FPN, L_head), both weighted by the teacher's objectness.
 
@@ -710,6 +826,22 @@ def train_one_epoch(model, teacher, loader, optimizer, scheduler, scaler, meter,
 # ---- evaluation ----------------------------------------------------------------------------------
 
 
+def paste_mask(mask, box, size):
+    """Probabilities (M, M) of a box (4,), xyxy -> (height, width) uint8, 1 where at least 0.5.
+
+    The map is read bilinearly at the centres of the image's pixels, as in detectron2.
+    """
+    pixels, places = [], []  # of columns, then of rows
+    for low, high, side in zip(box[:2].tolist(), box[2:].tolist(), size[::-1]):
+        pixels.append(torch.arange(max(0, math.floor(low)), min(side, math.ceil(high))))
+        places.append(2 * (pixels[-1] + 0.5 - low) / (high - low) - 1)  # -1 to 1 inside the box
+    grid = torch.stack(torch.meshgrid(*places, indexing='xy'), dim=-1)
+    values = F.grid_sample(mask[None, None], grid[None], align_corners=False)[0, 0]
+    pasted = torch.zeros(size, dtype=torch.uint8)
+    pasted[pixels[1][:, None], pixels[0]] = (values >= 0.5).byte()
+    return pasted
+
+
 def to_results(detection, image_id, seen_size, size, category_ids):
     """One image's detections in COCO's results format, in original pixels: xywh boxes, run lengths.
 
@@ -721,8 +853,8 @@ def to_results(detection, image_id, seen_size, size, category_ids):
     boxes, labels, results = detection['boxes'] * ratio, detection['labels'].tolist(), []
     for k, (box, label, score) in enumerate(zip(boxes, labels, detection['scores'].tolist())):
         # one at a time: a hundred masks of a large photograph take gigabytes
-        mask = paste_masks_in_image(detection['masks'][k:k + 1], box[None], size)[0, 0] >= 0.5
-        segmentation = coco_mask.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
+        mask = paste_mask(detection['masks'][k, 0], box, size)
+        segmentation = coco_mask.encode(np.asfortranarray(mask.numpy()))
         segmentation['counts'] = segmentation['counts'].decode()
         x0, y0, x1, y1 = box.tolist()
         results.append({
@@ -775,9 +907,12 @@ def evaluate(model, loader, coco, device, args):
         results.sort(key=lambda entry: (entry['image_id'], -entry['score']))
         if args.results_json:
             Path(args.results_json).write_text(json.dumps(results))
-        stats = [average_precision(coco, results)]
+        stats = [average_precision(coco, results) if coco['annotations'] else None]
     if args.distributed:
         dist.broadcast_object_list(stats)
+    if stats[0] is None:
+        print(f'{args.results_json}: detections; there is no annotation to compare them with')
+        return {}
     stats = {**stats[0], 'test_images': len(coco['images'])}
     print('test: box AP {test_bbox_AP:.2f} (AP50 {test_bbox_AP50:.2f}, AP75 {test_bbox_AP75:.2f}) '
           'mask AP {test_mask_AP:.2f} (AP50 {test_mask_AP50:.2f}, AP75 {test_mask_AP75:.2f}) '
@@ -933,6 +1068,8 @@ def main(args):
     if args.warmup_iterations >= args.iterations:
         raise SystemExit(f'--warmup_iterations {args.warmup_iterations} must be below --iterations '
                          f'{args.iterations}')
+    if args.weight_decay is None:
+        args.weight_decay = 0.05 if args.teacher_path else 0.1
     # 2. data
     loader, val_loader, val_coco, classes = build_data(args)
     # 3. teacher: strict load, eval mode, no gradients
@@ -963,7 +1100,8 @@ def main(args):
     # 5. optimizer, schedule, loss scaler
     batch = args.batch_size * args.accum_iter * args.world_size
     print(f'arguments: {vars(args)}\nrecipe: Table 3, {"FRS" if teacher else "no"} distillation, '
-          f'effective batch {batch} (the paper has {PAPER_BATCH}), lr {args.lr:.3g}')
+          f'effective batch {batch} (the paper has {PAPER_BATCH}), lr {args.lr:.3g}, '
+          f'weight decay {args.weight_decay}')
     optimizer = create_optimizer_v2(
         model_without_ddp, opt='adamw', lr=args.lr, weight_decay=args.weight_decay,
         layer_decay=args.layer_decay, fused=True)

@@ -28,7 +28,9 @@ import threading
 from collections import OrderedDict
 from datetime import timedelta
 from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import timm
@@ -129,11 +131,12 @@ def list_pairs(data_path, split):
     """([(image file, label file)] of a split, by name; number of labels without an image)."""
     images, annotations = (Path(data_path or '', kind, split) for kind in ('images', 'annotations'))
     found = sorted(path for path in images.glob('*') if path.suffix.lower() in IMAGE_ENDINGS)
-    labels = {path.stem: path for path in annotations.glob('*') if path.suffix.lower() == '.png'}
+    labels = {normalize('NFC', path.stem): path for path in annotations.glob('*')
+              if path.suffix.lower() == '.png'}
     if not data_path or not found or not labels:
         raise SystemExit(f'--data_path {data_path}: give a folder with images in images/{split}/ '
                          f'and labels in annotations/{split}/')
-    pairs = [(path, labels.pop(path.stem, None)) for path in found]
+    pairs = [(path, labels.pop(normalize('NFC', path.stem), None)) for path in found]
     unlabelled = [image for image, label in pairs if label is None]
     if unlabelled:
         raise SystemExit(f'{unlabelled[0]} has no label in {annotations}: add it or drop the image')
@@ -146,44 +149,57 @@ def read_label(path, reduce_zero_label):
     reduce_zero_label: in the file, 0 means ignore and classes count from 1.
     """
     image = models.open_image(path)
-    if image.mode not in ('L', 'P'):
+    if image.mode not in ('1', 'L', 'P'):
         raise models.DataError(f'cannot read {path} (mode {image.mode}): labels are single bytes')
-    label = v2.functional.pil_to_tensor(image)[0]
+    label = torch.from_numpy(np.array(image, np.uint8))
+    bits = path.read_bytes()[24]  # of a PNG's values
+    if image.mode == 'L' and bits < 8:  # Pillow scales them up to 255
+        label = label // (255 // (2 ** bits - 1))
     if reduce_zero_label:
         label = torch.where(label == IGNORE, label, label - 1)  # in bytes 0 - 1 is 255
     return label
 
 
-def read_classes(args, pairs):
+def count_labels(pairs, args):
+    """Pixels of each value 0 to 255 in the labels of all pairs, (256,) int64, as `read_label` has."""
+    def count(pair):
+        return torch.bincount(read_label(pair[1], args.reduce_zero_label).flatten(), minlength=256)
+
+    counts = torch.zeros(256, dtype=torch.int64)
+    with ThreadPool(max(1, args.num_workers)) as pool:  # Pillow decodes outside Python's lock
+        for part in pool.imap_unordered(count, pairs[args.rank::args.world_size], chunksize=16):
+            counts += part
+    if args.distributed:
+        dist.all_reduce(counts)
+    return counts
+
+
+def read_classes(args, counts):
     """Names of the classes in the order of their labels; `class 7` for a label without a name.
 
     Their number is --nb_classes, else that of the names in --data_path, else with --eval the
-    checkpoint's, else all labels of `pairs` are read and the largest counts.
+    checkpoint's, else the largest label of `counts` tells.
     """
     names, number, first = {}, args.nb_classes, int(args.reduce_zero_label)
     for path in (Path(args.data_path, file) for file in ('objectInfo150.txt', 'classes.txt')):
         if path.is_file() and not names:
-            for line in path.read_text(errors='replace').splitlines():
+            for line in path.read_text(encoding='utf-8-sig', errors='replace').splitlines():
                 # the value, then the name: in ADE20K's table behind the last tab
                 match = re.match(r'\s*(\d+)\s(?:.*\t)?\s*(\S.*?)\s*$', line)
                 if match and int(match[1]) < IGNORE:
                     names[int(match[1])] = match[2]
             if not names:
                 raise SystemExit(f'{path} has no line with a value and a name, such as `1 wall`')
+            if first and 0 in names:
+                raise SystemExit(f'{path} names label 0, {names[0]}, which --reduce_zero_label '
+                                 'ignores: give --no-reduce_zero_label, or take the line out')
     if number is None and names:
         number = max(names) + 1 - first
     if args.eval and not names:
         _, checkpoint = models.find_checkpoint(args)
         return checkpoint.get('classes') or []  # none: load_segmenter says what is wrong
     if number is None:
-        print('reading all labels to count the classes; --nb_classes spares this')
-        largest = torch.tensor(-1)
-        for _, path in pairs[args.rank::args.world_size]:
-            label = read_label(path, args.reduce_zero_label).int()
-            largest = torch.maximum(largest, torch.where(label == IGNORE, -1, label).max())
-        if args.distributed:
-            dist.all_reduce(largest, dist.ReduceOp.MAX)
-        number = int(largest) + 1
+        number = int(counts[:IGNORE].nonzero().max()) + 1 if counts[:IGNORE].any() else 0
     classes = [names.get(value, f'class {value}') for value in range(first, first + number)]
     if not 2 <= number <= 254 or len(set(classes)) < number:
         raise SystemExit(f'{number} classes of {len(set(classes))} names: 2 to 254 are possible, '
@@ -202,16 +218,14 @@ class SegmentationDataset(torch.utils.data.Dataset):
     def __init__(self, pairs, num_classes, args, is_train):
         self.pairs, self.num_classes, self.args, self.is_train = pairs, num_classes, args, is_train
         self.size = args.input_size[0]
-        # mmsegmentation: hue by 18 of 180; the other ranges are torchvision's
-        self.distort = PhotometricDistortion(hue=(-0.1, 0.1))
 
     def __len__(self):
         return len(self.pairs)
 
     def __getitem__(self, index):
         image_path, label_path = self.pairs[index]
-        image = v2.functional.pil_to_tensor(models.read_rgb(image_path))
         label = read_label(label_path, self.args.reduce_zero_label)
+        image = v2.functional.pil_to_tensor(models.read_rgb(image_path, label.shape))
         if image.shape[1:] != label.shape:
             raise models.DataError(f'{label_path} is {tuple(label.shape)} pixels high and wide, '
                                    f'its image {tuple(image.shape[1:])}: mend or remove both')
@@ -230,16 +244,37 @@ class SegmentationDataset(torch.utils.data.Dataset):
         image, label = v2.functional.crop(image, *box), v2.functional.crop(label, *box)
         if np.random.rand() < 0.5:
             image, label = image.flip(-1), label.flip(-1)
-        image = models.normalise(self.distort(image))
+        image = models.normalise(distort_colours(image))
         padding = (0, self.size - box[3], 0, self.size - box[2])
         return F.pad(image, padding), F.pad(label, padding, value=IGNORE)
 
 
-class PhotometricDistortion(v2.RandomPhotometricDistort):
-    """Brightness, contrast, saturation, hue; no permutation of channels, as in mmsegmentation."""
+def distort_colours(image):
+    """mmsegmentation's photometric distortion of an image (3, H, W) uint8; a coin decides each step.
 
-    def make_params(self, flat_inputs):
-        return {**super().make_params(flat_inputs), 'channel_permutation': None}
+    Brightness: + U(-32, 32); contrast, before or after the others: * U(0.5, 1.5); saturation in
+    HSV: * U(0.5, 1.5); hue: + U(-18, 18) of 180. Rounded once, at the end.
+    """
+    def toss():
+        return np.random.rand() < 0.5
+
+    image = image / 255
+    contrast = np.random.uniform(0.5, 1.5) if toss() else 1.0
+    contrast_first = toss()
+    if toss():
+        image = (image + np.random.uniform(-32, 32) / 255).clamp(0, 1)
+    if contrast_first:
+        image = (image * contrast).clamp(max=1)
+    if toss():
+        value = image.amax(dim=0)
+        chroma = value - image.amin(dim=0)  # saturation is chroma / value, 1 at most
+        factor = (value / chroma).clamp(max=np.random.uniform(0.5, 1.5)).nan_to_num(1.0)
+        image = value - (value - image) * factor
+    if toss():
+        image = v2.functional.adjust_hue(image, np.random.uniform(-18, 18) / 180)
+    if not contrast_first:
+        image = (image * contrast).clamp(max=1)
+    return (255 * image).round().byte()
 
 
 def scaled_size(size, short):
@@ -275,10 +310,17 @@ def build_data(args):
     if not args.eval:
         train_pairs, more = list_pairs(args.data_path, args.train_split)
         unused += more
-    classes = read_classes(args, train_pairs + val_pairs)
+    counts, val_counts = torch.zeros(2, 256, dtype=torch.int64)
+    if not args.eval:
+        counts, val_counts = count_labels(train_pairs, args), count_labels(val_pairs, args)
+    classes = read_classes(args, counts + val_counts)
     left_out = f'; left out: {unused} labels without an image' if unused else ''
     print(f'data: {len(train_pairs)} training images, {len(val_pairs)} to evaluate on, in '
           f'{args.data_path}; {models.count_classes(classes)}{left_out}')
+    if not args.eval:
+        lacking = [name for name, count in zip(classes, counts.tolist()) if not count]
+        print(f'labels: {counts[IGNORE] / counts.sum():.1%} of the training pixels are ignored; '
+              f'classes without a pixel: {", ".join(lacking) or "none"}')
     options = {'num_workers': args.num_workers, 'worker_init_fn': models.start_worker,
                'pin_memory': args.device.startswith('cuda')}
     val = models.SeededDataset(SegmentationDataset(val_pairs, len(classes), args, False), args.seed)
@@ -531,20 +573,23 @@ def segmentation_scores(confusion, classes):
 def evaluate(model, loader, classes, device, args):
     """Scores over the images of all processes, at their original sizes, in float32."""
     model.eval()
-    confusion = torch.zeros(len(classes) ** 2, dtype=torch.int64, device=device)
+    # the last cell counts the pixels that are ignored
+    confusion = torch.zeros(len(classes) ** 2 + 1, dtype=torch.int64, device=device)
     for images, labels in loader:
         logits = slide(model, images.to(device, non_blocking=True), args.input_size[0])
         prediction = resize(logits, labels.shape[1:]).argmax(dim=1)
         labels = labels.to(device, non_blocking=True).long()
-        valid = labels != IGNORE
-        cells = labels[valid] * len(classes) + prediction[valid]
-        confusion += torch.bincount(cells, minlength=len(confusion))
+        cells = labels * len(classes) + prediction
+        cells[labels == IGNORE] = len(classes) ** 2
+        confusion += torch.bincount(cells.flatten(), minlength=len(confusion))
     if args.distributed:
         dist.all_reduce(confusion)
-    stats = segmentation_scores(confusion.view(len(classes), -1).cpu(), classes)
+    ignored = (confusion[-1] / confusion.sum()).item()
+    stats = segmentation_scores(confusion[:-1].view(len(classes), -1).cpu(), classes)
     stats['test_images'] = len(loader.dataset)
     print(f'test: mIoU {stats["test_mIoU"]:.2f} mean accuracy {stats["test_mAcc"]:.2f} '
-          f'pixel accuracy {stats["test_aAcc"]:.2f} of {stats["test_images"]} images')
+          f'pixel accuracy {stats["test_aAcc"]:.2f} of {stats["test_images"]} images, '
+          f'{ignored:.1%} of the pixels ignored')
     if args.eval:
         for name, value in stats['test_IoU'].items():
             print(f'IoU {"absent" if value is None else f"{value:6.2f}"}  {name}')
