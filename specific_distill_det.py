@@ -239,6 +239,7 @@ def crop_object(segmentation, size, part, new_size):
         corners = np.concatenate([clip_polygon(polygon, *new_size[::-1]) for polygon in polygons])
     if not len(corners) or min(np.ptp(corners, axis=0)) <= 0:
         return None, None
+    corners = corners.clip(0, new_size[::-1])  # cuts are rounded
     box = np.concatenate([corners.min(axis=0), corners.max(axis=0)])
     if isinstance(segmentation, dict):
         seen = torch.from_numpy(255 * seen)[None]

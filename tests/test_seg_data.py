@@ -1,9 +1,13 @@
-"""Segmentation data: labels, classes, pairs, scaling, crops, padding, and what is refused.
+"""Segmentation data: labels, classes, pairs, scaling, distortion, crops, padding, and what is refused.
 
-Oracles are Pillow, numpy, exact fractions and values worked out by hand.
+Oracles are Pillow, numpy, colorsys, exact fractions and values worked out by hand.
 """
+import colorsys
 import itertools
 import math
+import re
+import struct
+import zlib
 from fractions import Fraction
 
 import numpy as np
@@ -25,11 +29,15 @@ def run_args(*flags, rank=0, world_size=1):
     return args
 
 
-def training_data(pairs, *flags, distort=False, num_classes=8):
-    """As the loader reads it, by (pass, index); without photometric distortion unless told."""
+@pytest.fixture
+def negatives(monkeypatch):
+    """In place of random colours, distortion gives the negative."""
+    monkeypatch.setattr(seg, 'distort_colours', lambda image: 255 - image)
+
+
+def training_data(pairs, *flags, num_classes=8):
+    """As the loader reads it, by (pass, index)."""
     dataset = seg.SegmentationDataset(pairs, num_classes, run_args(*flags), is_train=True)
-    if not distort:
-        dataset.distort = lambda image: image
     return models.SeededDataset(dataset, seed=0)
 
 
@@ -75,21 +83,28 @@ def test_label_0_is_ignored_and_classes_count_from_1(tmp_path):
     assert kept.flatten().tolist() == list(range(256))
 
 
-def test_the_indices_of_a_palette_are_the_labels(tmp_path):
-    """Coloured PNGs as VOC's count by their indices, whatever the colours."""
-    values = random_bytes(30, 40, high=20)
+@pytest.mark.parametrize('bits', [1, 2, 4, 8])
+def test_the_indices_of_a_palette_and_the_values_of_a_grey_file_are_the_labels(bits, tmp_path):
+    """Whatever the colours, as in VOC's files, and whatever the depth: viewers stretch 1, 2 and 4 bits."""
+    values = random_bytes(30, 43, high=2 ** bits)
     image = Image.fromarray(values)
-    image.putpalette([(37 * k + 11) % 256 for k in range(768)])
-    image.save(tmp_path / 'a.png')
-    assert Image.open(tmp_path / 'a.png').mode == 'P'
-    assert np.array_equal(seg.read_label(tmp_path / 'a.png', False).numpy(), values)
+    image.putpalette([(37 * k + 11) % 256 for k in range(3 * 2 ** bits)])
+    image.save(tmp_path / 'palette.png', bits=bits)
+    content = bytearray((tmp_path / 'palette.png').read_bytes())
+    assert list(content[24:26]) == [bits, 3]
+    content[25] = 0  # the kind of colour, from a palette's to grey; Pillow writes no such file
+    content[29:33] = struct.pack('>I', zlib.crc32(content[12:29]))
+    (tmp_path / 'grey.png').write_bytes(content)
+    for name in ('palette.png', 'grey.png'):
+        assert np.array_equal(seg.read_label(tmp_path / name, False).numpy(), values)
 
 
-@pytest.mark.parametrize('mode', ['RGB', '1', 'I;16'])
-def test_a_label_that_is_not_of_single_bytes_is_refused_by_name(mode, tmp_path):
+@pytest.mark.parametrize('mode', ['RGB', 'LA', 'I;16', 'L'])
+def test_a_label_that_is_no_png_of_single_bytes_is_refused_by_name(mode, tmp_path):
+    """The last one is a JPEG under the name of a PNG."""
     image = Image.fromarray(np.ones((4, 5), np.uint16)) if mode == 'I;16' else Image.new(mode, (5, 4))
-    image.save(tmp_path / 'label.png')
-    with pytest.raises(models.DataError, match=rf'label\.png \(mode {mode}\)'):
+    image.save(tmp_path / 'label.png', 'JPEG' if mode == 'L' else 'PNG')
+    with pytest.raises(models.DataError, match=rf'label\.png .*mode {mode}\)'):
         seg.read_label(tmp_path / 'label.png', True)
 
 
@@ -104,9 +119,9 @@ CLASSES = {
     'objectInfo150.txt': ({'objectInfo150.txt': OBJECT_INFO}, [], [1], [1], ['wall', 'door; double door']),
     'both files': ({'classes.txt': '1 sky\n', 'objectInfo150.txt': OBJECT_INFO}, [], [1], [1],
                    ['wall', 'door; double door']),
-    'classes.txt': ({'classes.txt': '0 ignore\n3\troad\n\n 1  wet sky\n'}, [], [1], [1],
-                    ['wet sky', 'class 2', 'road']),
-    'classes.txt from 0': ({'classes.txt': '0 sky\n1 road\n'}, [FROM_0], [1], [1], ['sky', 'road']),
+    'classes.txt': ({'classes.txt': '3\troad\n\n 1  wet sky\n'}, [], [1], [1], ['wet sky', 'class 2', 'road']),
+    'from Windows': ({'classes.txt': '\ufeff0 trottoir mouillé\r\n1 road\r\n'}, [FROM_0], [1], [1],
+                     ['trottoir mouillé', 'road']),  # with a byte order mark
     'a file and the flag': ({'classes.txt': '1 sky\n2 road\n3 sea\n'}, ['--nb_classes', 2], [1], [1],
                             ['sky', 'road']),
     'labels': ({}, [], [1, 255, 2], [3, 1], ['class 1', 'class 2', 'class 3']),
@@ -115,10 +130,7 @@ CLASSES = {
 
 
 def classes_of(folder, *flags):
-    args, pairs = run_args('--data_path', folder, *flags), []
-    for split in ('training', 'validation'):
-        pairs += seg.list_pairs(folder, split)[0]
-    return seg.read_classes(args, pairs)
+    return seg.build_data(run_args('--data_path', folder, *flags))[2]
 
 
 @pytest.mark.parametrize('case', CLASSES)
@@ -126,39 +138,39 @@ def test_classes_come_from_the_flag_the_files_or_the_largest_label(case, tmp_pat
     files, flags, training, validation, expected = CLASSES[case]
     write_set(tmp_path, training=training, validation=validation)
     for name, text in files.items():
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text(text, encoding='utf-8')
     assert classes_of(tmp_path, *flags) == expected
 
 
 @pytest.mark.parametrize('names, labels, flags, message', [
-    (None, [0, 1], [], '^1 classes'), (None, [254], [FROM_0], '^255 classes'),
+    (None, [0], [], '^0 classes'), (None, [0, 1], [], '^1 classes'), (None, [254], [FROM_0], '^255 classes'),
     ('1 sky\n2 road\n3 sky\n', [1], [], '^3 classes of 2 names'),
+    ('0 rest\n1 sky\n2 road\n', [1], [], r'classes\.txt names label 0, rest.*--no-reduce_zero_label'),
     ('sky\nroad\n', [1], [], r'classes\.txt has no line with a value and a name')])
 def test_classes_that_cannot_be_are_refused(names, labels, flags, message, tmp_path):
-    """One class, more than 254, a name twice, a file without values."""
+    """No class, one, more than 254, a name twice, a name for label 0, which is ignored, no values."""
     write_set(tmp_path, training=labels, validation=[0])
     if names:
         (tmp_path / 'classes.txt').write_text(names)
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(SystemExit, match=message) as error:
         classes_of(tmp_path, *flags)
+    assert '\n' not in error.value.code
 
 
-def test_processes_count_the_classes_together(tmp_path, monkeypatch):
-    """Each reads its share of the labels, and the largest of all counts."""
-    write_set(tmp_path, training=[1, 4, 2])
-    pairs, found = seg.list_pairs(tmp_path, 'training')[0], []
-
-    def all_reduce(largest, operation):
-        assert operation == torch.distributed.ReduceOp.MAX
-        found.append(int(largest))
-        largest.fill_(5)
-
-    monkeypatch.setattr(torch.distributed, 'all_reduce', all_reduce)
+@pytest.mark.parametrize('workers', [0, 3])
+def test_processes_and_their_workers_count_each_pixel_once(workers, tmp_path, monkeypatch):
+    """Two processes together see what a plain loop over the labels counts."""
+    labels, shares = [random_bytes(5, high, high=high) for high in range(2, 257, 6)], []
+    pairs = [write_pair(tmp_path, label, label, str(k)) for k, label in enumerate(labels)]
+    monkeypatch.setattr(torch.distributed, 'all_reduce', lambda counts: shares.append(counts.clone()))
     for rank in range(2):
-        args = run_args('--data_path', tmp_path, rank=rank, world_size=2)
+        args = run_args('--num_workers', workers, rank=rank, world_size=2)
         args.distributed = True
-        assert len(seg.read_classes(args, pairs)) == 6
-    assert found == [2 - 1, 4 - 1]
+        seg.count_labels(pairs, args)
+    expected = np.zeros(256, int)
+    for value in np.concatenate(labels, axis=1).ravel().tolist():
+        expected[255 if value in (0, 255) else value - 1] += 1
+    assert all(part.sum() for part in shares) and sum(shares).tolist() == expected.tolist()
 
 
 def test_evaluation_takes_the_classes_of_the_checkpoint(tmp_path):
@@ -180,12 +192,16 @@ def touch(folder, *names):
 
 
 def test_pairs_are_sorted_by_name_and_labels_alone_are_counted(tmp_path):
-    """.jpg, .jpeg and .png images, labels of the same name; other files are left alone."""
+    """.jpg, .jpeg and .png images, labels of the same name; other files are left alone.
+
+    An accent is part of a letter on one disk and a character of its own on another.
+    """
     images, labels = tmp_path / 'images/training', tmp_path / 'annotations/training'
-    touch(images, 'c.jpg', 'a.jpeg', 'b.png', 'E.JPG', 'd.v2.jpg', 'Thumbs.db')
-    touch(labels, 'a.png', 'b.png', 'd.v2.png', 'E.PNG', 'c.png', 'c.txt', 'x.png', 'y.png')
+    touch(images, 'c.jpg', 'a.jpeg', 'b.png', 'E.JPG', 'd.v2.jpg', 'Thumbs.db', 'e\u0301.jpg', '\xfc.jpg')
+    touch(labels, 'a.png', 'b.png', 'd.v2.png', 'E.PNG', 'c.png', 'c.txt', 'x.png', 'y.png',
+          '\xe9.png', 'u\u0308.png')
     names = [('E.JPG', 'E.PNG'), ('a.jpeg', 'a.png'), ('b.png', 'b.png'), ('c.jpg', 'c.png'),
-             ('d.v2.jpg', 'd.v2.png')]
+             ('d.v2.jpg', 'd.v2.png'), ('e\u0301.jpg', '\xe9.png'), ('\xfc.jpg', 'u\u0308.png')]
     expected = [(images / image, labels / label) for image, label in names]
     assert seg.list_pairs(tmp_path, 'training') == (expected, 2)
 
@@ -208,9 +224,24 @@ def test_the_data_line_tells_what_is_used_and_what_is_left_out(tmp_path, capsys)
     for path in ('images/training/b.png', 'images/validation/a.png'):
         (tmp_path / path).unlink()
     seg.build_data(run_args('--data_path', tmp_path))
-    line = capsys.readouterr().out.splitlines()[-1]
-    assert line == (f'data: 2 training images, 1 to evaluate on, in {tmp_path}; 3 classes: class 1, class 2, '
-                    'class 3; left out: 2 labels without an image')
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    assert lines == [  # 445 of 480 pixels are 0
+        f'data: 2 training images, 1 to evaluate on, in {tmp_path}; 3 classes: class 1, class 2, class 3; left '
+        'out: 2 labels without an image',
+        'labels: 92.7% of the training pixels are ignored; classes without a pixel: class 2']
+    seg.build_data(run_args('--data_path', tmp_path, FROM_0, '--nb_classes', 4))
+    assert re.search('labels: 0.0% .* without a pixel: class 2$', capsys.readouterr().out)
+
+
+@pytest.mark.parametrize('shape, turns', [((24, 20), -1), ((20, 24), 0)])
+def test_an_image_is_turned_as_exif_tells_unless_its_label_has_the_stored_frame(shape, turns, tmp_path):
+    stored = random_bytes(20, 24, 3)
+    pair = write_pair(tmp_path, stored, np.ones(shape, np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # viewers turn it clockwise by 90 degrees
+    Image.fromarray(stored).save(pair[0], exif=exif)
+    data = seg.SegmentationDataset([pair], 8, run_args('--input_size', 20), is_train=False)
+    assert np.abs(pixels_of(data[0][0]) - np.rot90(stored, turns)).max() < 1e-3
 
 
 # ---- scaling, flip, padding ----------------------------------------------------------------------
@@ -244,7 +275,7 @@ def test_the_factor_of_training_images_is_uniform_over_the_ratio_range(tmp_path,
 
 
 @pytest.mark.parametrize('side', [20, 50])
-def test_a_label_is_that_under_the_centre_of_each_scaled_pixel(side, tmp_path):
+def test_a_label_is_that_under_the_centre_of_each_scaled_pixel(side, tmp_path, negatives):
     """Nearest by pixel centres; rounding down the corner instead would shift labels by half a pixel."""
     columns = np.arange(side)
     image = np.tile(5 * columns[None, :, None], (side, 1, 3)).astype(np.uint8)
@@ -256,14 +287,14 @@ def test_a_label_is_that_under_the_centre_of_each_scaled_pixel(side, tmp_path):
         made, marks = data[number, 0]
         turn = slice(None, None, 1 if marks[0, 0] < marks[0, -1] else -1)
         assert np.array_equal(marks.numpy()[:, turn], np.tile(np.floor(centres), (32, 1)))
-        difference = pixels_of(made)[:, turn] - 5 * (centres - 0.5)[None, :, None]
+        difference = 255 - pixels_of(made)[:, turn] - 5 * (centres - 0.5)[None, :, None]
         assert np.abs(difference[:, 2:-2]).max() < 1  # of 5 a pixel
         turned.add(turn.step)
     assert turned == {1, -1}
 
 
-def test_image_and_label_are_cropped_flipped_and_padded_together(tmp_path):
-    """No pixel is resized here. Padding is right and below, after normalisation; half are flipped."""
+def test_image_and_label_are_cropped_flipped_and_padded_together(tmp_path, negatives):
+    """No pixel is resized here. Padding is right and below, after distortion, of 0; half are flipped."""
     rows, columns = np.mgrid[:50, :50]
     image = np.dstack([5 * rows, 5 * columns, random_bytes(50, 50)]).astype(np.uint8)  # tells where it is
     label, pairs, flips, starts = random_bytes(50, 50, low=1, high=9), [], 0, set()
@@ -277,7 +308,7 @@ def test_image_and_label_are_cropped_flipped_and_padded_together(tmp_path):
         assert made.shape == (3, 32, 32) and made.dtype == torch.float32
         assert marks.shape == (32, 32) and marks.dtype == torch.uint8
         height, width = (min(side, 32) for side in sizes[index])
-        pixels = pixels_of(made[:, :height, :width])
+        pixels = 255 - pixels_of(made[:, :height, :width])
         rows, columns, _ = np.round(pixels / 5).astype(int).transpose(2, 0, 1)
         assert np.abs(pixels - image[rows, columns]).max() < 1e-3
         assert np.array_equal(marks[:height, :width].numpy(), label[rows, columns] - 1)
@@ -290,18 +321,51 @@ def test_image_and_label_are_cropped_flipped_and_padded_together(tmp_path):
     assert 0.4 < flips / 320 < 0.6 and len(starts) > 2 + 2 * 15
 
 
-def test_photometric_distortion_changes_most_images_and_permutes_no_channels(tmp_path):
-    """Red stays the most of a red image under any change of hue; label and padding stay as they are."""
-    image = np.full((16, 24, 3), (180, 60, 60), np.uint8)
-    pair = write_pair(tmp_path, image, random_bytes(16, 24, high=9))
-    data, plain, changed = training_data([pair], distort=True), training_data([pair]), 0
-    for number in range(100):
-        (made, label), (still, same) = data[number, 0], plain[number, 0]
-        assert torch.equal(label, same) and torch.equal((made == 0).all(dim=0), (still == 0).all(dim=0))
-        red, green, blue = pixels_of(made)[4, 4]
-        assert red > max(green, blue)
-        changed += not torch.equal(made, still)
-    assert 60 < changed < 100
+# ---- photometric distortion ----------------------------------------------------------------------
+
+
+def plain_distortion(image):
+    """mmsegmentation's steps in float64, pixel by pixel: (H, W, 3) uint8 -> floats in 0 to 255, draws."""
+    def draw(low, high, neutral):
+        return np.random.uniform(low, high) if np.random.rand() < 0.5 else neutral
+
+    contrast = draw(0.5, 1.5, 1)
+    first, last = (contrast, 1) if np.random.rand() < 0.5 else (1, contrast)
+    brightness, saturation, hue = draw(-32, 32, 0), draw(0.5, 1.5, 1), draw(-18, 18, 0)
+    made = np.zeros(image.shape)
+    for i, j in np.ndindex(*image.shape[:2]):
+        pixel = [min(max((value + brightness) / 255, 0), 1) for value in image[i, j].tolist()]
+        h, s, v = colorsys.rgb_to_hsv(*[min(first * value, 1) for value in pixel])
+        pixel = colorsys.hsv_to_rgb((h + hue / 180) % 1, min(saturation * s, 1), v)
+        made[i, j] = [255 * min(last * value, 1) for value in pixel]
+    return made, (brightness, first, saturation, hue, last)
+
+
+def test_distortion_equals_a_float64_loop_over_the_pixels():
+    """Brightness, contrast, saturation and hue as in mmsegmentation, on the same draws; also of greys."""
+    image, ways = random_bytes(6, 7, 3), set()
+    image[0], image[1, :3], image[1, 3:] = image[0, :, :1], (0, 255, 255), 0
+    for seed in range(200):
+        np.random.seed(seed)
+        made = seg.distort_colours(torch.from_numpy(image).permute(2, 0, 1))
+        following = np.random.rand()
+        np.random.seed(seed)
+        expected, draws = plain_distortion(image)
+        assert made.dtype == torch.uint8 and np.random.rand() == following  # as many draws
+        assert np.abs(made.permute(1, 2, 0).numpy() - expected).max() < 0.502  # half a level is rounding
+        ways.add(tuple(value in (0, 1) for value in draws))
+    assert len(ways) == 2 * 3 * 2 * 2  # contrast first, last or not at all
+
+
+def test_distortion_spreads_the_mean_brightness_as_far_as_mmsegmentations():
+    """A grey of 74 of 255 is (74 + b) c, each changed by a coin; var b = 64^2 / 12, var c = 1 / 12."""
+    grey, means = torch.full((3, 2, 2), 74, dtype=torch.uint8), []
+    np.random.seed(0)
+    for _ in range(3000):
+        means.append(seg.distort_colours(grey).double().mean().item())
+    expected = math.sqrt((1 + 1 / 24) * (74 ** 2 + 64 ** 2 / 24) - 74 ** 2)
+    assert expected / 255 == pytest.approx(0.079, abs=5e-4)
+    assert np.std(means) == pytest.approx(expected, rel=0.05)
 
 
 # ---- crops ---------------------------------------------------------------------------------------
