@@ -1,4 +1,4 @@
-"""tools/knn.py: votes against a plain loop and by hand, features against timm's own network."""
+"""tools/knn.py: votes against a plain loop, features against timm's own network."""
 import math
 
 import knn
@@ -34,14 +34,6 @@ def test_accuracy_is_that_of_a_plain_loop(k, tau):
     right = sum(answer == label for answer, label in zip(answers, test_labels.tolist()))
     assert 0 < right < 37
     assert knn.knn_accuracy(train, train_labels, test, test_labels, k, tau) == pytest.approx(100 * right / 37)
-
-
-def test_one_near_neighbour_outvotes_two_far_ones():
-    """A vote weighs exp(cosine / tau): exp(1 / 0.07) against 2 exp(0.6 / 0.07); at tau 10 two are more."""
-    train, test = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, -0.8]]), torch.tensor([[1.0, 0.0]])
-    labels, right = torch.tensor([0, 1, 1]), torch.tensor([0])
-    assert knn.knn_accuracy(train, labels, test, right, k=3) == 100
-    assert knn.knn_accuracy(train, labels, test, right, k=3, tau=10.0) == 0
 
 
 def test_many_test_images_are_counted_once_each():
@@ -97,7 +89,7 @@ def test_a_file_without_flags_needs_the_name_of_its_network(folder, capsys):
 
 def test_features_are_the_mean_patch_tokens_of_the_encoder(folder):
     """After the final norm, without the class token; timm's network on the same weights is the judge."""
-    model, size, epoch = knn.load_encoder(folder / 'c4.pth')
+    model, epoch = knn.load_encoder(folder / 'c4.pth')
     theirs = VisionTransformer(img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=0)
     state = torch.load(folder / 'c4.pth', weights_only=True)['model']
     theirs.load_state_dict({name: state[name] for name in theirs.state_dict()})
@@ -108,4 +100,4 @@ def test_features_are_the_mean_patch_tokens_of_the_encoder(folder):
     with torch.no_grad():
         expected = theirs.eval().forward_features((images / 255 - MEAN) / STD)[:, 1:].mean(1)
     torch.testing.assert_close(features, normalize(expected, dim=1))
-    assert labels.tolist() == [3, 1, 4, 1, 5] and tuple(size) == (16, 16) and epoch == 4
+    assert labels.tolist() == [3, 1, 4, 1, 5] and epoch == 4

@@ -1,4 +1,4 @@
-"""tools/export_timm.py and visualize.py: networks against timm, pictures against masks; all tools on real runs."""
+"""tools/visualize.py: pictures against masks and work by hand; all tools on what the scripts write."""
 import export_timm
 import knn
 import numpy as np
@@ -35,39 +35,6 @@ def draw_image(path, seed=0, size=(70, 60)):
     pixels = np.random.default_rng(seed).integers(0, 256, (6, 7, 3), dtype=np.uint8)
     Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(path)
     return path
-
-
-# ---- export_timm ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize('name, distilled, pool, call', [
-    ('vit_tiny_patch16', True, 'token', "create_model('deit_tiny_distilled_patch16_224', "),
-    ('vit_tiny_patch16', False, 'token', "create_model('deit_tiny_patch16_224', "),
-    ('vit_tiny_patch16', False, 'avg', "create_model('vit_tiny_patch16_224', "),
-    ('vit_pico_patch8', True, 'token', 'VisionTransformerDistilled('),
-    ('vit_pico_patch8', False, 'avg', 'VisionTransformer(')])
-def test_exported_file_loads_strictly_in_timm(run_tool, tmp_path, name, distilled, pool, call):
-    """Our classifiers load in timm by the printed lines, and give the same logits there."""
-    model = models.create_vit(name, 3, 32, distilled=distilled, global_pool=pool).eval()
-    torch.nn.init.normal_(model.head.weight)  # logits far enough apart for the comparison to mean something
-    path = save(tmp_path / 'c.pth', model, ['a', 'b', 'c'], model=name, input_size=[32, 32])
-    code = run_tool(export_timm, '--checkpoint', path, '--out', tmp_path / 'timm.pth')
-    assert call in code and ('global_pool=\'avg\'' in code) == (pool == 'avg')
-    scope = {}
-    exec(code, scope)
-    assert type(scope['model']).__module__.startswith('timm.')
-    images = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        assert torch.equal(scope['model'].eval()(images), model(images))
-
-
-def test_export_never_overwrites(run_tool, tmp_path):
-    """An existing file stays as it is."""
-    path = save(tmp_path / 'c.pth', models.create_vit('vit_pico_patch8', 2, 16))
-    before = path.read_bytes()
-    with pytest.raises(SystemExit, match='exists'):
-        run_tool(export_timm, '--checkpoint', path, '--out', path)
-    assert path.read_bytes() == before
 
 
 # ---- visualize -----------------------------------------------------------------------------------
@@ -121,35 +88,48 @@ def test_true_normalised_patches_restore_the_true_image():
 def test_the_picture_hides_the_patches_of_the_mask(run_tool, stage1, monkeypatch):
     """The second column shows what the encoder saw; --seed and --mask_ratio choose it."""
     folder, student, files = stage1
-    seen, compose = [], visualize.compose
-    monkeypatch.setattr(visualize, 'compose', lambda *parts: seen.append(parts) or compose(*parts))
+    seen, cosine_map = [], visualize.cosine_map
+    monkeypatch.setattr(visualize, 'save_panels', lambda *parts: seen.append(parts))
+    cosines = torch.stack([torch.arange(17.), torch.arange(17., 34)]) / 33  # the class token's comes first
+    monkeypatch.setattr(visualize, 'cosine_map', lambda *parts: 0 * cosine_map(*parts) + cosines)
     words = '--checkpoint', student('feature'), '--images', *files, '--out', folder / 'f.png'
     text = run_tool(visualize, *words, '--seed', 3, '--mask_ratio', 0.5)
-    assert 'f.png: 2 images, mean cosine ' in text and Image.open(folder / 'f.png').width > 4 * 224
-    columns, names, _, note = seen[0]
+    _, columns, names, lines, note = seen[0]
     assert names == ['0.png', '1.png'] and 'true patch mean' in note  # the teacher's pixel space
     generator = torch.Generator().manual_seed(3)
     hidden = models.random_masking(torch.rand(2, 16, generator=generator), 0.5).mask.bool()
     patches = [pictures.reshape(2, 4, 8, 4, 8, 3).swapaxes(2, 3).reshape(2, 16, -1)
-               for _, pictures in columns]
+               for _, pictures in columns[:3]]
     grey = np.tile([124, 116, 104], 64)  # ImageNet's mean
     assert np.array_equal((patches[1] == grey).all(2), hidden.numpy())
     for shown in patches[1:3]:  # masked, and the teacher's reconstruction
         assert np.array_equal((shown == patches[0]).all(2), ~hidden.numpy())
+    cosines = cosines[:, 1:]
+    assert np.array_equal(columns[3][1], cosines.reshape(2, 4, 4).numpy())
+    assert f'mean cosine {cosines.mean():.4f}' in text
+    assert lines == [f'hidden {row[gone].mean():.3f}, visible {row[~gone].mean():.3f}'
+                     for row, gone in zip(cosines, hidden)]
 
 
 @pytest.mark.parametrize('target, captions', [
+    ('feature', ['input', 'masked 75%', 'teacher\'s reconstruction', 'student-teacher cosine']),
     ('pixel', ['input', 'masked 50%', 'reconstruction']),
     ('recon_gt', ['input', 'masked 75%', 'teacher\'s reconstruction', 'student\'s reconstruction'])])
-def test_networks_that_predict_pixels_show_their_reconstruction(run_tool, stage1, monkeypatch, target, captions):
-    """Table 4's other targets and the teacher itself can be looked at."""
+def test_every_target_has_its_columns(run_tool, stage1, monkeypatch, target, captions):
+    """Table 4's other targets and the teacher itself can be looked at; the picture shows all images."""
     folder, student, files = stage1
     checkpoint = folder / 'teacher.pth' if target == 'pixel' else student(target)
-    seen, compose = [], visualize.compose
-    monkeypatch.setattr(visualize, 'compose', lambda *parts: seen.append(parts) or compose(*parts))
-    run_tool(visualize, '--checkpoint', checkpoint, '--images', *files, '--out', folder / 'r.png')
-    assert [caption for caption, _ in seen[0][0]] == captions
-    assert len(np.unique(np.array(Image.open(folder / 'r.png')))) > 50
+    seen, save_panels = [], visualize.save_panels
+    monkeypatch.setattr(visualize, 'save_panels', lambda *parts: seen.append(parts) or save_panels(*parts))
+    run_tool(visualize, '--checkpoint', checkpoint, '--images', *files, '--out', folder / 'new/r.png')
+    assert [caption for caption, _ in seen[0][1]] == captions
+    picture = Image.open(folder / 'new/r.png').convert('RGB')
+    assert picture.width > 224 * len(captions) and picture.height > 2 * 224
+    colours = {tuple(colour) for colour in np.array(picture).reshape(-1, 3)}
+    for image in seen[0][1][0][1]:  # input
+        assert {tuple(colour) for colour in image.reshape(-1, 3)} <= colours
+    # viridis, of cosines below 0 and at 1
+    assert ({(68, 1, 84), (253, 231, 37)} <= colours) == (target == 'feature')
 
 
 @pytest.mark.parametrize('words, message', [
@@ -196,7 +176,7 @@ def test_tools_read_what_the_scripts_write(run_tool, tmp_path):
     text = run_tool(knn, '--checkpoint', generic / 'checkpoint.pth', mae / 'checkpoint.pth', '--data_path',
                     tmp_path / 'data', '--device', 'cpu')
     assert text.count('epoch 0: k-NN top-1') == 2
-    text = run_tool(predict, '--checkpoint', g2sd / 'checkpoint.pth', '--image', image)
+    text = run_tool(predict, '--checkpoint', g2sd / 'checkpoint.pth', '--images', image)
     assert sorted(line.split()[-1] for line in text.splitlines()[1:]) == ['ant', 'bee']
     text = run_tool(export_timm, '--checkpoint', g2sd / 'checkpoint.pth', '--out', tmp_path / 'timm.pth')
     assert 'global_pool=\'avg\'' in text

@@ -38,9 +38,9 @@ def draw_data(stage, args, folder):
     """Draws images in place of ImageNet, COCO or ADE20K, and sets --data_path."""
     kind = {'det': 'coco', 'seg': 'ade'}.get(stage, 'imagenet')
     update = args.batch_size * args.accum_iter * int(os.environ.get('WORLD_SIZE', 1))
-    words = ['--out', folder, '--only', kind, '--size', 256, '--train', max(12, update),
-             '--val', 12, '--scene_size', 448, '--scenes', 16, '--val_scenes', 3]
-    toy_data.main(toy_data.get_args_parser().parse_args([str(word) for word in words]))
+    words = (f'--out {folder} --only {kind} --size 256 --train {max(12, update)} --val 12 '
+             '--scene_size 448 --scenes 16 --val_scenes 3')
+    toy_data.main(toy_data.get_args_parser().parse_args(words.split()))
     args.data_path = f'{folder}/{kind}'
     if stage == 'seg':
         args.nb_classes = args.nb_classes or 150  # ADE20K's: they make the logits large
@@ -70,21 +70,13 @@ class NextBatches:
         return itertools.islice(self.iterator, self.steps)
 
 
-def clock(device):
+def seconds(device, work, *inputs):
+    """Time of work(*inputs) until the device has done it."""
+    start = time.perf_counter()
+    work(*inputs)
     if device.type == 'cuda':
         torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def matmul_peak(device, dtype):
-    """FLOP/s of a large matrix product, the best of five."""
-    size, times = 8192 if device.type == 'cuda' else 2048, []
-    a = torch.randn(size, size, device=device).to(dtype)
-    for _ in range(5):
-        start = clock(device)
-        a @ a
-        times.append(clock(device) - start)
-    return 2 * size ** 3 / min(times)
+    return time.perf_counter() - start
 
 
 def measure(train, given, dtype, options):
@@ -96,22 +88,18 @@ def measure(train, given, dtype, options):
     def run(batches):
         train(**{**given, 'loader': batches})
 
-    def images_per_second(work, first, timed):
-        work(first)
-        start = clock(device)
-        work(timed)
-        return len(timed) * args.batch_size * args.world_size / (clock(device) - start)
+    def rate(work, first, timed):
+        seconds(device, work, first)
+        return len(timed) * args.batch_size * args.world_size / seconds(device, work, timed)
 
-    row['step'] = images_per_second(run, [batch] * warmup, [batch] * steps)
+    row['step'] = rate(run, [batch] * warmup, [batch] * steps)
     row['memory_gb'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
     if device.type == 'cuda':
         row['memory_gb'] = torch.cuda.max_memory_allocated() / 2 ** 30
     batches = itertools.chain.from_iterable(itertools.repeat(loader))  # pass after pass
     ahead = max(1, 2 * args.num_workers)  # batches that workers read in advance: no speed
-    row['loader'] = images_per_second(
-        list, NextBatches(batches, ahead), NextBatches(batches, max(steps, ahead)))
-    row['both'] = images_per_second(
-        run, NextBatches(batches, warmup), NextBatches(batches, steps))
+    row['loader'] = rate(list, NextBatches(batches, ahead), NextBatches(batches, max(steps, ahead)))
+    row['both'] = rate(run, NextBatches(batches, warmup), NextBatches(batches, steps))
     # attention as the products that it is needs memory: two images
     two_images = loader.collate_fn([loader.dataset[0, index] for index in (0, 1)])
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), \
@@ -119,7 +107,10 @@ def measure(train, given, dtype, options):
         run([two_images] * args.accum_iter)
     row['gflop_per_image'] = counter.get_total_flops() / (2 * args.accum_iter) / 1e9
     row['tflops'] = row['gflop_per_image'] * row['step'] / 1e3
-    row['peak_tflops'] = matmul_peak(device, dtype) * args.world_size / 1e12
+    side = 8192 if device.type == 'cuda' else 2048
+    matrix = torch.randn(side, side, device=device).to(dtype)
+    best = min(seconds(device, torch.mm, matrix, matrix) for _ in range(5))
+    row['peak_tflops'] = 2 * side ** 3 / best * args.world_size / 1e12
     row['share_of_peak'] = row['tflops'] / row['peak_tflops']
     return row
 
@@ -173,7 +164,7 @@ def main(options, words):
     print(f'memory {row["memory_gb"]:9.1f} GB')
     if options.json:
         with open(options.json, 'a') as file:
-            file.write(json.dumps(row) + '\n')
+            print(json.dumps(row), file=file)
 
 
 if __name__ == '__main__':

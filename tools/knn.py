@@ -11,7 +11,6 @@ import re
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Subset
@@ -22,21 +21,16 @@ import specific_distill_cls
 
 
 def load_encoder(path, name=None, input_size=None):
-    """Checkpoint -> (encoder in eval mode, (height, width), its epoch or None).
-
-    name and input_size override the checkpoint's own.
-    """
+    """Checkpoint -> (encoder in eval mode, its epoch or -1); name and size override its own."""
     checkpoint = models.read_checkpoint(path)
     trained = models.own_args(checkpoint)
     name = name or trained.get('model')
     if name is None:
         raise SystemExit(f'{path} does not name its network: give --model, e.g. vit_base_patch16')
     name = re.sub('^mae_|_dec.*', '', name)
-    size = models.check_img_size(input_size or trained.get('input_size', 224),
-                                 models.parse_name(name).patch)
-    model = models.create_vit(name, 0, size)
+    model = models.create_vit(name, 0, input_size or trained.get('input_size', 224))
     models.load_pretrained(model, path)
-    return model.eval(), size, checkpoint.get('epoch')
+    return model.eval(), checkpoint.get('epoch', -1)
 
 
 @torch.no_grad()
@@ -65,25 +59,16 @@ def knn_accuracy(train, train_labels, test, test_labels, k=20, tau=0.07):
     return 100 * right / len(test)
 
 
-def first_of_each(targets, count):
-    """Indices of the first `count` samples of every class, or of all."""
-    targets = np.array(targets)
-    groups = [np.flatnonzero(targets == label)[:count] for label in np.unique(targets)]
-    return np.sort(np.concatenate(groups)).tolist()
-
-
 def get_args_parser():
     parser = argparse.ArgumentParser(
         description='k-NN accuracy of encoders on a labelled folder', allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--checkpoint', required=True, nargs='+', help='paths or https URLs')
     parser.add_argument('--data_path', required=True, help='with train/CLASS/ and val/CLASS/')
-    parser.add_argument('--per_class', type=int,
-                        help='the first training images of each class; all unless given')
+    parser.add_argument('--per_class', type=int, help='training images a class; all unless given')
     parser.add_argument('--k', type=int, default=20, help='neighbours that vote')
     parser.add_argument('--model', help='name of the network, for files that do not hold it')
-    parser.add_argument('--input_size', type=int, nargs='+',
-                        help='pixels, one side or two; as the checkpoint says, else 224')
+    parser.add_argument('--input_size', type=int, nargs='+', help='pixels; its own, else 224')
     parser.add_argument('--batch_size', type=int, default=64, help='images at a time')
     parser.add_argument('--num_workers', type=int, default=0, help='data workers')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
@@ -92,22 +77,23 @@ def get_args_parser():
 
 
 def main(args):
-    args.data_set = 'folder'
+    args.data_set, lines = 'folder', []
     train, val = (specific_distill_cls.open_dataset(args, split) for split in ('train', 'val'))
     if train.classes != val.classes:
         raise SystemExit(f'{args.data_path}: train/ and val/ hold different classes')
-    chosen = Subset(train, first_of_each(train.targets, args.per_class))
-    lines = []
+    targets = torch.tensor(train.targets)
+    chosen = [(targets == k).nonzero()[:args.per_class, 0] for k in range(len(train.classes))]
+    subset = Subset(train, torch.cat(chosen).tolist())
     for path in args.checkpoint:
-        model, size, epoch = load_encoder(path, args.model, args.input_size)
-        transform = specific_distill_cls.build_transform(argparse.Namespace(input_size=size), False)
-        train.transform = val.transform = transform
+        model, epoch = load_encoder(path, args.model, args.input_size)
+        size = argparse.Namespace(input_size=model.patch_embed.img_size)
+        train.transform = val.transform = specific_distill_cls.build_transform(size, is_train=False)
         model.to(args.device)
-        accuracy = knn_accuracy(*encode(model, chosen, args), *encode(model, val, args), args.k)
-        lines.append((-1 if epoch is None else epoch, accuracy, path))
-    for epoch, accuracy, path in sorted(lines, key=lambda line: line[0]):
+        accuracy = knn_accuracy(*encode(model, subset, args), *encode(model, val, args), args.k)
+        lines.append((epoch, path, accuracy))
+    for epoch, path, accuracy in sorted(lines):
         print(f'epoch {"unknown" if epoch < 0 else epoch}: k-NN top-1 {accuracy:.2f} %  {path}')
-    print(f'{args.k} neighbours among {len(chosen)} training images, {len(val)} test images, '
+    print(f'{args.k} neighbours among {len(subset)} training images, {len(val)} test images, '
           f'{len(val.classes)} classes: chance is {100 / len(val.classes):.2f} %')
 
 

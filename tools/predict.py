@@ -1,12 +1,17 @@
-"""What a trained network says about one image: its classes, its objects or the class of each pixel.
+"""What a trained network says about images: their classes, objects or the class of each pixel.
 
 Reads:  --checkpoint   of a specific_distill_*.py, or a public classifier (with --model)
-        --image        any file that Pillow reads; it is prepared exactly as in evaluation
-Writes: --out          of a detector: the image with masks, boxes, names and scores; of a
-                       segmentation network: the image in grey under its classes' colours, beside it
-                       NAME_labels.png, labels as in annotations/ of the training data
-Run:    python tools/predict.py --checkpoint runs/g2sd/checkpoint.pth --image horse.jpg
-        python tools/predict.py --checkpoint runs/det_g2sd/checkpoint.pth --image a.jpg --out b.png
+        --images       files or folders; prepared as in evaluation, but first turned by their EXIF
+                       orientation, as viewers do (evaluation of a stage does not)
+        --annotations  ground truth to draw beside: a COCO file for a detector; for a segmentation
+                       network a folder of label PNGs named as the images, or for one image a PNG
+Writes: --out          NAME.png, not of a classifier: a row per image, the image or its ground truth
+                       and the prediction; of more than 16 images the first ones
+        NAME_labels.png of a segmentation network, as in annotations/ of the training data; of
+        several images a folder NAME_labels
+Run:    python tools/predict.py --checkpoint runs/g2sd/checkpoint.pth --images horse.jpg
+        python tools/predict.py --checkpoint runs/det_g2sd/checkpoint.pth --images a.jpg b.jpg \
+        --annotations COCO/annotations/instances_val2017.json --out ab.png
 Prints a class per line with its probability; an object per line with score, class and box (x0 y0 x1
 y1 in pixels of the image), best first; or a class per line with its share of the pixels.
 """
@@ -14,10 +19,17 @@ import argparse
 import sys
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageDraw, ImageFont
-from torchvision.transforms.v2.functional import pil_to_tensor, resize
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from PIL import Image, ImageColor, ImageFont, ImageOps
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.ops import box_convert
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import pil_to_tensor, resize, rgb_to_grayscale
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import models
@@ -25,19 +37,117 @@ import specific_distill_cls
 import specific_distill_det
 import specific_distill_seg
 
-
-def read_image(path):
-    """Image file -> RGB image, as it is stored."""
-    try:
-        return models.read_rgb(path)
-    except models.DataError as error:
-        raise SystemExit(str(error)) from error
+ROWS = 16             # of a picture, at most
+SIDE, TEXT = 640, 20  # pixels: about an image's long side in a picture, height of its names
+FONT = str(Path(matplotlib.get_data_path(), 'fonts/ttf/DejaVuSans.ttf'))
 
 
-def check_out(out, images):
-    """Ends the program rather than overwrite one of the images."""
-    if out.exists() and any(out.samefile(path) for path in images):
-        raise SystemExit(f'{out} is one of the images: choose another --out')
+def list_images(words):
+    """Files and folders -> files; of a folder its images, by name."""
+    paths = []
+    for path in map(Path, words):
+        found = [path]
+        if path.is_dir():
+            found = sorted(file for file in path.iterdir() if file.suffix.lower() in IMG_EXTENSIONS)
+        if not found:
+            raise SystemExit(f'{path} holds no images: give another folder')
+        paths += found
+    return paths
+
+
+def read_image(path, size=None):
+    """Image file -> RGB image, turned by its EXIF orientation.
+
+    size: (width, height) in its annotations; it is not turned if they fit the stored pixels alone.
+    """
+    stored = models.read_rgb(path)
+    image = ImageOps.exif_transpose(stored)
+    if size not in (None, image.size, stored.size):
+        raise models.DataError(f'{path} is {image.width} wide and {image.height} high, its '
+                               f'annotations say {size[0]} and {size[1]}: mend the annotations')
+    return image if size in (None, image.size) else stored
+
+
+def check_out(out, inputs):
+    """Ends the program rather than overwrite one of the inputs, images or annotations."""
+    if out.suffix.lower() != '.png':
+        raise SystemExit(f'--out {out}: give a name that ends in .png')
+    if out.exists() and any(Path(path).exists() and out.samefile(path) for path in inputs):
+        raise SystemExit(f'{out} is one of the images or annotations: choose another --out')
+
+
+# ---- drawing -------------------------------------------------------------------------------------
+
+
+def class_colour(index):
+    """RGB of a class, the same in all pictures; neighbours in the list have other hues."""
+    saturation, value = ((95, 100), (95, 70), (45, 100), (60, 75), (100, 85))[index // 7 % 5]
+    return ImageColor.getrgb(f'hsv({360 * 0.618034 * index % 360}, {saturation}%, {value}%)')
+
+
+def fit(pixels, mode=InterpolationMode.BILINEAR):
+    """(C, H, W) uint8 -> the same with a long side of about SIDE pixels."""
+    factor = SIDE / max(pixels.shape[1:])
+    if factor >= 2:  # pixels of small images stay sharp
+        factor, mode = int(factor), InterpolationMode.NEAREST_EXACT
+    return resize(pixels, [max(1, round(side * factor)) for side in pixels.shape[1:]], mode)
+
+
+def draw_objects(image, boxes, masks, names, colours):
+    """Image (3, H, W) uint8 -> `fit` of it under its objects, the last on top.
+
+    boxes: (N, 4) xyxy; masks: N of (H, W) bool, taken one by one; names; colours: RGB.
+    """
+    picture = fit(image)
+    if not names:
+        return picture
+    for mask, colour in zip(masks, colours):
+        picture = draw_segmentation_masks(picture, fit(255 * mask[None].byte()) > 127, 0.5, colour)
+    height, width = picture.shape[1:]
+    boxes = boxes * torch.tensor([width / image.shape[2], height / image.shape[1]] * 2)
+    boxes = boxes.clamp(min=0).minimum(torch.tensor([width - 1, height - 1] * 2))
+    picture = draw_bounding_boxes(picture, boxes, colors=colours, width=3)
+    # torchvision writes a name into its box, where it hides a small object or is cut off by the
+    # border: boxes of no size are the places of the names, above the objects
+    lengths = torch.tensor([ImageFont.truetype(FONT, TEXT).getlength(name) for name in names])
+    x = boxes[:, 0].minimum(width - lengths - 4).clamp(min=0)
+    y = (boxes[:, 1] - 1.3 * TEXT).clamp(min=0)
+    light = [np.dot(colour, (0.3, 0.59, 0.11)) > 110 for colour in colours]
+    return draw_bounding_boxes(
+        picture, torch.stack([x, y, x, y], dim=1), names, colours, font=FONT, font_size=TEXT,
+        fill_labels=True, label_colors=['black' if bright else 'white' for bright in light])
+
+
+def draw_labels(image, labels, palette):
+    """Image (3, H, W) uint8 -> `fit` of it in grey under the colours of its classes.
+
+    labels: (H, W) uint8; palette: RGB of each class. Other labels, such as 255, have no colour.
+    """
+    picture = rgb_to_grayscale(fit(image), 3)
+    labels = fit(labels[None], InterpolationMode.NEAREST_EXACT)
+    present = [k for k in labels.unique().tolist() if k < len(palette)]
+    masks = labels == torch.tensor(present)[:, None, None]
+    return draw_segmentation_masks(picture, masks, 0.5, [palette[k] for k in present])
+
+
+def save_grid(out, panels, columns, legend=()):
+    """Writes panels row by row, each (picture (3, H, W) uint8, caption); legend: of (name, RGB)."""
+    figure, top = Figure(figsize=(1, 1), dpi=100), 0
+    cell = max(picture.shape[2] for picture, _ in panels) + 16
+    for start in range(0, len(panels), columns):
+        row = panels[start:start + columns]
+        for column, (picture, caption) in enumerate(row):
+            height, width = picture.shape[1:]
+            # in units of the figure, 100 pixels; what is saved grows with the content
+            axes = figure.add_axes(np.array([cell * column, top - height, width, height]) / 100)
+            axes.imshow(picture.permute(1, 2, 0).numpy(), interpolation='nearest')
+            axes.set_title(caption, loc='left', fontsize=14, parse_math=False)
+            axes.axis('off')
+        top -= max(picture.shape[1] for picture, _ in row) + 36
+    figure.legend([Patch(color=np.divide(colour, 255)) for _, colour in legend],
+                  [name for name, _ in legend], fontsize=14, frameon=False, loc='upper left',
+                  borderaxespad=0, bbox_to_anchor=(cell * columns / 100, 0))
+    figure.savefig(out, bbox_inches='tight')
 
 
 # ---- classification ------------------------------------------------------------------------------
@@ -69,144 +179,138 @@ def classifier_input(image, input_size):
 
 
 @torch.no_grad()
-def show_classes(args):
-    """Prints the --topk classes of the image."""
+def show_classes(args, paths):
+    """Yields for each image the lines of its --topk classes, and nothing to draw."""
     model, _, size, classes = load_classifier(args.checkpoint, args.model, args.input_size)
-    probabilities = model(classifier_input(read_image(args.image), size)[None])[0].softmax(dim=0)
-    for value, index in zip(*probabilities.topk(min(args.topk, len(classes)))):
-        print(f'{100 * value:6.2f} %  {classes[index]}')
+    for path in paths:
+        probabilities = model(classifier_input(read_image(path), size)[None])[0].softmax(dim=0)
+        best = zip(*probabilities.topk(min(args.topk, len(classes))))
+        yield [f'{100 * value:6.2f} %  {classes[index]}' for value, index in best], [], {}
 
 
 # ---- detection -----------------------------------------------------------------------------------
 
 
-def read_own(checkpoint, path):
-    """(flags, class names) of a checkpoint of our own; other projects' files hold neither."""
-    trained, classes = models.own_args(checkpoint), checkpoint.get('classes')
-    if not trained or not classes:
-        raise SystemExit(f'{path} holds no flags and classes: give a checkpoint of '
-                         'specific_distill_det.py or specific_distill_seg.py')
-    return argparse.Namespace(**{**trained, 'eval': True}), classes
+def find_truth(coco, path):
+    """`read_coco`'s annotations -> (width, height) of an image, its objects by class from 0."""
+    name = path.absolute().as_posix()
+    images = [entry for entry in coco['images'] if name.endswith(f'/{entry["file_name"]}')]
+    if len(images) != 1:
+        raise SystemExit(f'{path}: --annotations lists {len(images)} images of this name, not one')
+    numbers = {entry['id']: k for k, entry in enumerate(coco['categories'])}
+    objects = [{**entry, 'category_id': numbers[entry['category_id']]}
+               for entry in coco['annotations'] if entry['image_id'] == images[0]['id']]
+    return (images[0]['width'], images[0]['height']), objects
+
+
+def draw_coco(image, objects, classes):
+    """`draw_objects` of COCO's format, with classes from 0 as `category_id`."""
+    size, names, colours = image.shape[1:], [], []
+    for entry in objects:
+        score = f' {entry["score"]:.2f}' if 'score' in entry else ''
+        names.append(classes[entry['category_id']] + score)
+        colours.append(class_colour(entry['category_id']))
+    boxes = torch.tensor([entry['bbox'] for entry in objects]).reshape(-1, 4)
+    # generators: a hundred masks of a large photograph take gigabytes
+    masks = (specific_distill_det.decode_mask(entry['segmentation'], size, 0, 0, *size)
+             for entry in objects)
+    masks = (torch.from_numpy(mask).bool() for mask in masks)
+    return draw_objects(image, box_convert(boxes, 'xywh', 'xyxy'), masks, names, colours)
 
 
 @torch.no_grad()
-def detect(model, image, args, classes, score=0.0):
-    """RGB image -> (its objects with at least this score, best first; the best score of all).
-
-    The objects are in COCO's results format, category ids count from 1.
-    """
-    pixels = specific_distill_det.resize_longest_side(pil_to_tensor(image), args.input_size[0])
-    [found] = model([pixels])
-    best = max(found['scores'].tolist(), default=0.0)
-    found = {key: value[found['scores'] >= score] for key, value in found.items()}
-    objects = specific_distill_det.to_results(
-        found, 0, pixels.shape[1:], image.size[::-1], range(1, len(classes) + 1))
-    return sorted(objects, key=lambda entry: -entry['score']), best
-
-
-def draw_objects(image, objects, classes):
-    """The image with masks, boxes and labels, a colour per object; the best on top."""
-    from pycocotools import mask as coco_mask  # classifiers do without it
-    picture, long_side = image.copy(), max(image.size)
-    line, font = max(1, long_side // 400), ImageFont.load_default(max(11, long_side // 50))
-    # the golden ratio keeps the hues of neighbours in the list apart; black is readable on all
-    colours = [f'hsv({360 * 0.618 * k % 360:.0f}, 60%, 100%)' for k in range(len(objects))]
-    for entry, colour in reversed(list(zip(objects, colours))):
-        opacity = coco_mask.decode(entry['segmentation']) * 128  # of 255
-        picture.paste(colour, mask=Image.fromarray(opacity))
-    draw = ImageDraw.Draw(picture)
-    for entry, colour in reversed(list(zip(objects, colours))):
-        x, y, width, height = entry['bbox']
-        corners = x - line, y - line, x + width + line, y + height + line
-        draw.rectangle(corners, outline=colour, width=line)
-        text = f'{classes[entry["category_id"] - 1]} {entry["score"]:.2f}'
-        # above the box, inside the picture
-        place = max(0, min(x, image.width - draw.textlength(text, font))), max(font.size, y - line)
-        draw.rectangle(draw.textbbox(place, text, font, anchor='lb'), colour)
-        draw.text(place, text, 'black', font, anchor='lb')
-    return picture
-
-
-def show_objects(args, checkpoint):
-    """Prints the objects of the image with at least --score, and draws them into --out."""
-    trained, classes = read_own(checkpoint, args.checkpoint)
-    check_out(args.out, [args.image])
-    image = read_image(args.image)
+def show_objects(args, paths, trained, classes):
+    """Yields for each image the lines of its objects of at least --score, and two panels."""
+    coco = None
+    if args.annotations:
+        coco, _ = specific_distill_det.read_coco(args.annotations, is_train=True)  # without crowds
+        names = [entry['name'] for entry in coco['categories']]
+        models.check_classes(classes, names, args.checkpoint)
     model = specific_distill_det.load_detector(args.checkpoint, classes, trained)
-    objects, best = detect(model, image, trained, classes, args.score)
-    for entry in objects:
-        x, y, width, height = entry['bbox']
-        print(f'{entry["score"]:.3f}  {classes[entry["category_id"] - 1]}  '
-              f'{x:.1f} {y:.1f} {x + width:.1f} {y + height:.1f}')
-    draw_objects(image, objects, classes).save(args.out)
-    print(f'{args.out}: {len(objects)} objects of score {args.score:g} or more, the best has '
-          f'{best:.3f}')
+    for path in paths:
+        size, true_objects = find_truth(coco, path) if coco else (None, [])
+        image = pil_to_tensor(read_image(path, size))
+        pixels = specific_distill_det.resize_longest_side(image, trained.input_size[0])
+        [found] = model([pixels])
+        best = max(found['scores'].tolist(), default=0)
+        found = {key: value[found['scores'] >= args.score] for key, value in found.items()}
+        objects = specific_distill_det.to_results(
+            found, 0, pixels.shape[1:], image.shape[1:], range(len(classes)))
+        objects.sort(key=lambda entry: -entry['score'])
+        lines = []
+        for entry in objects:
+            x, y, width, height = entry['bbox']
+            lines.append(f'{entry["score"]:.3f}  {classes[entry["category_id"]]}  '
+                         f'{x:.1f} {y:.1f} {x + width:.1f} {y + height:.1f}')
+        lines.append(f'{len(objects)} objects of score {args.score:g} or more, '
+                     f'the best has {best:.3f}')
+        left = draw_coco(image, true_objects, classes)
+        objects.reverse()  # the best on top
+        yield lines, [left, draw_coco(image, objects, classes)], {}
 
 
 # ---- segmentation --------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def segment(model, image, args):
-    """RGB image -> (H, W) uint8, the class of each of its pixels from 0."""
-    size, short = image.size[::-1], args.input_size[0]
-    pixels = resize(pil_to_tensor(image), specific_distill_seg.scaled_size(size, short))
+def label_files(where, paths):
+    """Label PNG of each image: where itself, or in the folder where, under the image's name."""
+    files = [where / f'{path.stem}.png' for path in paths]
+    if where.suffix.lower() == '.png':
+        files = [where]
+    if len(set(files)) < len(paths):
+        raise SystemExit(f'{where}: give a folder of labels, and images that differ in their names')
+    return files
+
+
+def segment(model, image, short):
+    """Image (3, H, W) uint8 -> (H, W) uint8, the class of each of its pixels from 0."""
+    size = image.shape[1:]
+    pixels = resize(image, specific_distill_seg.scaled_size(size, short))
     logits = specific_distill_seg.slide(model, models.normalise(pixels)[None], short)
-    return specific_distill_seg.resize(logits, size).argmax(dim=1)[0].byte().numpy()
+    return specific_distill_seg.resize(logits, size).argmax(dim=1)[0].byte()
 
 
-def class_colour(index):
-    """RGB of a class, the same in all pictures; neighbours in the list have other hues."""
-    saturation, value = ((95, 100), (95, 70), (45, 100), (60, 75), (100, 85))[index // 7 % 5]
-    return ImageColor.getrgb(f'hsv({360 * 0.618034 * index % 360}, {saturation}%, {value}%)')
-
-
-def draw_segments(image, prediction, present, classes):
-    """The image in grey under its classes' colours; a legend of the classes `present` beside it."""
-    regions = Image.fromarray(prediction)
-    palette = [class_colour(k) for k in range(len(classes))]
-    regions.putpalette(np.array(palette, np.uint8).tobytes())
-    blended = Image.blend(image.convert('L').convert('RGB'), regions.convert('RGB'), 0.5)
-    font = ImageFont.load_default(max(11, max(image.size) // 50))
-    line = round(1.4 * font.size)
-    width = 2 * line + max(round(font.getlength(classes[k])) for k in present)
-    size = image.width + width, max(image.height, line * len(present))
-    picture = Image.new('RGB', size, 'white')
-    picture.paste(blended)
-    draw = ImageDraw.Draw(picture)
-    for row, k in enumerate(present):
-        x, y = image.width + line // 4, row * line
-        draw.rectangle((x, y + line // 8, x + line, y + line - line // 8), palette[k])
-        draw.text((x + line + line // 4, y + line // 2), classes[k], 'black', font, anchor='lm')
-    return picture
-
-
-def show_segments(args, checkpoint):
-    """Prints the shares of the classes, draws them into --out, and writes their labels."""
-    trained, classes = read_own(checkpoint, args.checkpoint)
-    labels = args.out.with_name(f'{args.out.stem}_labels.png')
-    check_out(args.out, [args.image])
-    check_out(labels, [args.image])
-    image = read_image(args.image)
+@torch.no_grad()
+def show_segments(args, paths, trained, classes):
+    """Yields for each image the lines of its classes, two panels, {name: RGB}; writes labels."""
+    ending = '.png' if len(paths) == 1 else ''
+    files = label_files(args.out.with_name(f'{args.out.stem}_labels{ending}'), paths)
+    true_files = label_files(Path(args.annotations), paths) if args.annotations else []
+    for file in files:
+        check_out(file, [*paths, *true_files])
     model = specific_distill_seg.load_segmenter(args.checkpoint, classes, trained)
-    prediction = segment(model, image, trained)
-    counts = np.bincount(prediction.ravel(), minlength=len(classes))
-    present = [k for k in np.argsort(-counts, kind='stable') if counts[k]]
-    for k in present:
-        print(f'{100 * counts[k] / counts.sum():6.2f} %  {classes[k]}')
-    draw_segments(image, prediction, present, classes).save(args.out)
-    Image.fromarray(prediction + np.uint8(trained.reduce_zero_label)).save(labels)
-    print(f'{args.out}: {len(present)} classes; labels in {labels}')
+    palette = [class_colour(k) for k in range(len(classes))]
+    for number, (path, file) in enumerate(zip(paths, files)):
+        true, size = None, None
+        if true_files:
+            true = specific_distill_seg.read_label(true_files[number], trained.reduce_zero_label)
+            size = true.shape[::-1]
+        image = pil_to_tensor(read_image(path, size))
+        labels = segment(model, image, trained.input_size[0])
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray((labels + trained.reduce_zero_label).numpy()).save(file)
+        counts = labels.flatten().bincount(minlength=len(classes))
+        present = [k for k in counts.argsort(descending=True, stable=True).tolist() if counts[k]]
+        lines = [f'{100 * counts[k] / counts.sum():6.2f} %  {classes[k]}' for k in present]
+        lines.append(f'labels: {file}')
+        left = fit(image)
+        if true_files:
+            left = draw_labels(image, true, palette)
+            present += [k for k in true.unique().tolist() if k < len(classes)]
+        legend = {classes[k]: palette[k] for k in present}
+        yield lines, [left, draw_labels(image, labels, palette)], legend
 
 
 def get_args_parser():
     parser = argparse.ArgumentParser(
-        description='top classes, objects or labelled pixels of an image', allow_abbrev=False,
+        description='top classes, objects or labelled pixels of images', allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--checkpoint', required=True,
                         help='classifier, detector or segmentation network, path or https URL')
-    parser.add_argument('--image', required=True, help='image file')
-    parser.add_argument('--out', type=Path, help='picture to write (not of a classifier); by default '
+    parser.add_argument('--images', nargs='+', required=True, help='image files or folders')
+    parser.add_argument('--annotations', help='ground truth to draw beside, not of a classifier: COCO '
+                                              'file, or folder of label PNGs or one of them')
+    parser.add_argument('--out', type=Path, help='picture to write, not of a classifier; by default '
                                                  'NAME_pred.png in the current folder')
     parser.add_argument('--score', type=float, default=0.5,
                         help='detectors: smallest score to show; they keep none under 0.05')
@@ -218,16 +322,40 @@ def get_args_parser():
 
 
 def main(args):
-    args.out = args.out or Path(f'{Path(args.image).stem}_pred.png')
-    checkpoint = models.read_checkpoint(args.checkpoint)
-    state = models.flat_state_dict(checkpoint, args.checkpoint)
+    paths, checkpoint = list_images(args.images), models.read_checkpoint(args.checkpoint)
+    state, show = models.flat_state_dict(checkpoint, args.checkpoint), None
+    trained, classes = models.own_args(checkpoint), checkpoint.get('classes')
     if 'rpn.head.cls_logits.weight' in state:
-        show_objects(args, checkpoint)
+        show = show_objects
     elif 'decode_head.conv_seg.weight' in state:
-        show_segments(args, checkpoint)
+        show = show_segments
+    if show is None:
+        if args.out or args.annotations:
+            raise SystemExit('a classifier draws no picture: leave out --out and --annotations')
+        results = show_classes(args, paths)
     else:
-        show_classes(args)
+        if not trained or not classes:  # torchvision's detectors have the same names
+            raise SystemExit(f'{args.checkpoint} holds no flags and classes: give a checkpoint of '
+                             'specific_distill_det.py or specific_distill_seg.py')
+        args.out = args.out or Path(f'{paths[0].stem}_pred.png')
+        check_out(args.out, [*paths, args.annotations or ''])
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        results = show(args, paths, argparse.Namespace(**{**trained, 'eval': True}), classes)
+    panels, legend = [], {}
+    for path, (lines, pictures, colours) in zip(paths, results):
+        for line in lines:
+            print(f'{path}: {line}' if len(paths) > 1 else line)
+        if len(panels) < 2 * ROWS:
+            caption = f'{path.name}, ground truth' if args.annotations else path.name
+            panels += zip(pictures, (caption, 'prediction'))
+            legend |= colours
+    if panels:
+        save_grid(args.out, panels, columns=2, legend=legend.items())
+        print(f'{args.out}: {len(panels) // 2} of {len(paths)} images')
 
 
 if __name__ == '__main__':
-    main(get_args_parser().parse_args())
+    try:
+        main(get_args_parser().parse_args())
+    except models.DataError as error:
+        sys.exit(str(error))

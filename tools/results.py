@@ -1,57 +1,52 @@
 """The paper's tables beside our own numbers, how each run went, curves and pictures, on one page.
 
-Reads:  FOLDER/teacher_{mae,cls,det,seg}   one of each for all seeds and tables
-        FOLDER/seed<N>/   Table 2: generic, finetuned, g2sd, deit_distilled, deit. Table 3:
-        det_finetuned, det_g2sd, det_{deit, deit_distilled, deit_500, dino, ibot, scratch}. Tables 4
-        and 5: generic_X, finetuned_X, g2sd_X with X = recon, recon_gt, mask<ratio>, layer<block>.
-        ADE20K: seg_finetuned, seg_g2sd. Each is the --output_dir of a script; any may be missing
-Writes: FOLDER/results.md (also printed), curves.png; and pictures, if the networks' data are there
+Reads:  FOLDER...   runs (--output_dir of a script), or folders with runs, up to three levels deep
+        One FOLDER with the Makefile's names makes the paper's tables, or any part of them:
+        teacher_{mae,cls,det,seg}   one of each for all seeds and tables
+        seed<N>/   Table 2: generic, finetuned, g2sd, deit_distilled, deit. Table 3: det_finetuned,
+        det_g2sd, det_{deit, deit_distilled, deit_500, dino, ibot, scratch}. Tables 4 and 5:
+        generic_X, finetuned_X, g2sd_X with X = recon, recon_gt, mask<ratio>, layer<block>.
+        ADE20K: seg_finetuned, seg_g2sd
+Writes: results.md (also printed), curves.png; of one FOLDER pictures, too, if its data are there
 Run:    python tools/results.py runs/cifar10
-A number counts when its run is finished, and it is the last epoch's (or round's), never the best:
-so do the paper's tables.
+        python tools/results.py my_run another_run --out comparison
+In the paper's tables a number counts when its run is finished, and it is the last epoch's (or
+round's), never the best: so do the paper's own.
 """
 import argparse
+import itertools
 import json
 import math
+import os
 import random
 import re
 import statistics
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
-
-from PIL import Image, ImageDraw, ImageFont
 
 
 class Row(NamedTuple):
     """One method of a table: the folders of its stages, in order, inside each seed's folder."""
-    method: str          # what is in parentheses stays out of the picture
+    method: str
     folders: tuple
     colour: str
     top1: float = None   # the paper's, ImageNet, percent; None where it gives none, here and below
     hours: float = None
     box: float = None    # AP on COCO, percent
     mask: float = None
-    trained_with: tuple = ()   # (flag, value) of stage 1, so that no folder is taken for another
 
     @property
-    def is_teacher(self):
-        """One run for all seeds, in FOLDER itself."""
+    def is_teacher(self):  # one run for all seeds, in FOLDER itself
         return self.folders[0].startswith('teacher_')
 
 
 class Table(NamedTuple):
     title: str
-    ours: dict       # heading: key in log.txt, the main one first; the first two are drawn as curves
+    ours: dict       # heading: key in log.txt, the main one first; the first two are drawn
     rows: tuple
-
-
-def variant(method, name, stage, colour, top1, **trained_with):
-    """A row of Table 4 or 5: stage 1 with other flags."""
-    trained_with = {'target': 'feature', **trained_with}
-    return Row(method, (f'generic{name}', f'{stage}{name}'), colour, top1,
-               trained_with=tuple(trained_with.items()))
 
 
 G2SD = Row('G2SD-S', ('generic', 'g2sd'), '#c62828', 82.5, hours=71)
@@ -77,19 +72,19 @@ TABLES = (
         Row('G2SD-S w/o S.D', ('det_finetuned',), '#ef8f00', 82.0, box=49.9, mask=44.5),
         Row('G2SD-S', ('det_g2sd',), '#c62828', 82.5, box=50.6, mask=44.8))),
     Table('Table 4: targets of stage 1', {'top-1': 'test_acc1'}, (
-        variant('features, w/o S.D', '', 'finetuned', '#ef8f00', 82.0),
-        variant('features, with S.D', '', 'g2sd', '#c62828', 82.5),
-        variant('reconstructions, w/o S.D', '_recon', 'finetuned', '#64b5f6', 81.4, target='recon'),
-        variant('reconstructions, with S.D', '_recon', 'g2sd', '#0d47a1', 81.8, target='recon'),
-        variant('and pixels, w/o S.D', '_recon_gt', 'finetuned', '#81c784', 81.5, target='recon_gt'),
-        variant('and pixels, with S.D', '_recon_gt', 'g2sd', '#1b5e20', 81.7, target='recon_gt'))),
-    Table('Table 5: mask ratio, and block of the teacher\'s decoder, w/o S.D', {'top-1': 'test_acc1'}, (
-        variant('mask ratio 0.05', '_mask0.05', 'finetuned', '#5e35b1', 81.7, mask_ratio=0.05),
-        variant('mask ratio 0.25', '_mask0.25', 'finetuned', '#1e88e5', 81.7, mask_ratio=0.25),
-        variant('mask ratio 0.55', '_mask0.55', 'finetuned', '#00897b', 81.6, mask_ratio=0.55),
-        variant('mask ratio 0.75, middle block', '', 'finetuned', '#c62828', 82.0, mask_ratio=0.75),
-        variant('mask ratio 0.9', '_mask0.9', 'finetuned', '#fb8c00', 81.8, mask_ratio=0.9),
-        *(variant(f'decoder block {n}', f'_layer{n}', 'finetuned', colour, None, target_layer=n)
+        Row('features, w/o S.D', ('generic', 'finetuned'), '#ef8f00', 82.0),
+        Row('features, with S.D', ('generic', 'g2sd'), '#c62828', 82.5),
+        Row('reconstructions, w/o S.D', ('generic_recon', 'finetuned_recon'), '#64b5f6', 81.4),
+        Row('reconstructions, with S.D', ('generic_recon', 'g2sd_recon'), '#0d47a1', 81.8),
+        Row('and pixels, w/o S.D', ('generic_recon_gt', 'finetuned_recon_gt'), '#81c784', 81.5),
+        Row('and pixels, with S.D', ('generic_recon_gt', 'g2sd_recon_gt'), '#1b5e20', 81.7))),
+    Table('Table 5: mask ratio, and teacher\'s decoder block, w/o S.D', {'top-1': 'test_acc1'}, (
+        Row('mask ratio 0.05', ('generic_mask0.05', 'finetuned_mask0.05'), '#5e35b1', 81.7),
+        Row('mask ratio 0.25', ('generic_mask0.25', 'finetuned_mask0.25'), '#1e88e5', 81.7),
+        Row('mask ratio 0.55', ('generic_mask0.55', 'finetuned_mask0.55'), '#00897b', 81.6),
+        Row('mask ratio 0.75, middle block', ('generic', 'finetuned'), '#c62828', 82.0),
+        Row('mask ratio 0.9', ('generic_mask0.9', 'finetuned_mask0.9'), '#fb8c00', 81.8),
+        *(Row(f'decoder block {n}', (f'generic_layer{n}', f'finetuned_layer{n}'), colour)
           for n, colour in LAYER_COLOURS.items()))),
     Table('ADE20K: semantic segmentation', {
         'mIoU': 'test_mIoU', 'pixel accuracy': 'test_aAcc', 'mean accuracy': 'test_mAcc'}, (
@@ -98,100 +93,112 @@ TABLES = (
         Row('G2SD-S', ('seg_g2sd',), '#c62828'))),
 )
 PAPER = {'paper hours': 'hours', 'paper top-1': 'top1', 'paper AP^bbox': 'box', 'paper AP^mask': 'mask'}
+TASKS = {'stage 1': 'mask_ratio', 'classification': 'distillation_type', 'detection': 'anchor_size',
+         'segmentation': 'cwd_weight'}  # and a flag that this script alone has
+COURSE = ('test_acc1', 'test_bbox_AP', 'test_mIoU', 'train_loss')  # the first one in a log is shown
+STAGE1 = {'target': 'feature', 'mask_ratio': 0.75, 'target_layer': None}  # others are shown
 NOTE = """Ours: percent, of finished runs, after the last epoch or round, never the best; mean ± sample
-standard deviation over n seeds. Time is that of training without evaluation: of both stages in Tables
-2, 4 and 5, elsewhere of that stage alone; a teacher's has a row of its own. The paper's values: ViT-S
-(teacher ViT-B). It has no table of ADE20K; its abstract gives G2SD-S 99.3 % of the teacher's
-performance there.
+standard deviation over n seeds. Time is that of training without evaluation: of both stages in
+Tables 2, 4 and 5, elsewhere of that stage alone; a teacher's has a row of its own. The paper's
+values: ViT-S (teacher ViT-B). It has no table of ADE20K; its abstract gives G2SD-S 99.3 % of the
+teacher's performance there.
 """
-NOTE_RUNS = """All seeds, finished or not, and their loss (stage 1), top-1, box AP or mIoU in the course
-of training. In the paper's setting on ImageNet the loss is about 0.02 late in stage 1, and stage 2
-begins with about 56 % after its first epoch; stuck at 0.2, then 36 %, means that the teacher's decoder
-was never loaded.
+HEALTH = """### Is a run healthy?
+
+Top-1, box AP, mIoU or, in stage 1, the loss in the course of each run, and the last of all values.
+In the paper's setting on ImageNet the loss is about 0.02 late in stage 1, and stage 2 begins with
+about 56 % after its first epoch; stuck at 0.2, then 36 %, means that the teacher's decoder was
+never loaded.
 """
+CURVES = """Curves. Several seeds: the mean of the finished ones (of all, while none is), over the
+places that all of them have, in a band from the lowest to the highest. Dashed: a teacher's last
+value"""
 
 # ---- reading -------------------------------------------------------------------------------------
 
 
 class Run(NamedTuple):
-    name: str     # folder of the run, relative to FOLDER
+    path: Path
+    name: str     # as the page shows it
+    task: str     # of TASKS
     unit: str     # what the run counts: 'epoch', or 'iteration' in detection and segmentation
     total: int    # of these units; None before the first checkpoint, if a recipe decides it
     args: dict    # args.json: the flags as given
-    log: list     # of log.txt's objects
-
-    def points(self, key):
-        """[(units done, value)]: epochs are numbered from 0, iterations are counted."""
-        first = 1 if self.unit == 'epoch' else 0
-        return [(entry[self.unit] + first, entry[key]) for entry in self.log if key in entry]
-
-    @property
-    def done(self):
-        return self.points(self.unit)[-1][0] if self.log else 0
+    log: list     # of log.txt's objects, and how many units are 'done'
+    last: dict    # the last value of each of their keys; a test does not follow every epoch
 
     @property
     def finished(self):
-        return self.done == self.total
+        return self.last['done'] == self.total
+
+    def points(self, key):
+        """[(units done, value), ...]"""
+        return [(entry['done'], entry[key]) for entry in self.log if key in entry]
 
 
-def read_run(root, name):
-    """The run in root/name, or None if there is none."""
-    folder = root / name
+def read_run(folder, name=''):
+    """The run in the folder, or None if there is none."""
     if not (folder / 'args.json').exists():
         return None
     args = json.loads((folder / 'args.json').read_text())
     unit = 'epoch' if 'epochs' in args else 'iteration'
+    if f'{unit}s' not in args:  # another program's
+        return None
     total = args[f'{unit}s']
     if total is None and (folder / 'checkpoint.pth').exists():  # a recipe decided it
         import torch  # takes a second, and many runs do without
         checkpoint = torch.load(folder / 'checkpoint.pth', 'cpu', weights_only=True, mmap=True)
         total = checkpoint['args'][f'{unit}s']
-    lines = (folder / 'log.txt').read_text().splitlines() if (folder / 'log.txt').exists() else []
-    # a run of older scripts that was killed may end in part of a line
-    log = [json.loads(line) for line in lines if line.endswith('}')]
-    return Run(name, unit, total, args, log)
+    first = 1 if unit == 'epoch' else 0  # epochs are numbered from 0, iterations are counted
+    path, log, last = folder / 'log.txt', [], {'done': 0}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            entry = json.loads(line)
+        except ValueError:  # half a line: it is being written, or the run was killed
+            continue
+        log.append({'done': entry[unit] + first, **entry})
+        last |= log[-1]
+    task = next((task for task, flag in TASKS.items() if flag in args), 'other')
+    return Run(folder, name, task, unit, total, args, log, last)
 
 
-def read_row(root, row):
+def read_runs(folder, base):
+    """{name: Run} of all runs in the folder; names are paths from `base`."""
+    runs = {}
+    for depth in range(4):
+        for path in sorted(folder.glob('*/' * depth + 'args.json')):
+            name = os.path.relpath(path.parent, base)
+            runs[name] = read_run(path.parent, folder.resolve().name if name == '.' else name)
+    return {name: run for name, run in runs.items() if run}
+
+
+def read_row(runs, row):
     """The row's runs, a list of its stages for each seed that has any; None for a missing stage."""
-    seeds = sorted(int(path.name[4:]) for path in root.glob('seed*') if path.name[4:].isdigit())
-    homes = [''] if row.is_teacher else [f'seed{seed}/' for seed in seeds]
-    found = []
-    for home in homes:
-        stages = [read_run(root, home + folder) for folder in row.folders]
+    seeds, found = {name.split('/')[0] for name in runs if re.match(r'seed\d+/', name)}, []
+    for home in [''] if row.is_teacher else [f'{seed}/' for seed in sorted(seeds)]:
+        stages = [runs.get(home + folder) for folder in row.folders]
         if any(stages):
             found.append(stages)
     return found
 
 
-def check_rows(rows):
-    """Ends if a stage 1 was trained with other flags than its folder stands for."""
-    for row, seeds in rows.items():
-        for run in (stages[0] for stages in seeds if stages[0]):
-            for flag, value in row.trained_with:
-                used = run.args.get(flag, value)
-                if used != value:
-                    raise SystemExit(f'{run.name} was trained with {flag} {used}, but stands for {value}: '
-                                     'rename or remove it')
+def read_tables(runs):
+    """[(Table, {Row: what read_row gave})] of the tables that the runs begin, and the runs in none."""
+    tables, others, seen = [], dict(runs), set()
+    for table in TABLES:
+        rows = {row: read_row(runs, row) for row in table.rows}
+        rows = {row: seeds for row, seeds in rows.items() if seeds or row.top1 or row.box}
+        students = [seeds for row, seeds in rows.items() if not row.is_teacher]
+        last = {stages[-1].name for seeds in students for stages in seeds if stages[-1]}
+        if last - seen:  # teachers or stage 1 alone, and rows of another table, begin no table
+            tables.append((table, rows))
+            for stages in itertools.chain(*rows.values()):
+                others = {name: run for name, run in others.items() if run not in stages}
+        seen |= last
+    return tables, list(others.values())
 
 
 # ---- tables: `seeds` is what read_row gave, `rows` is {Row: seeds} -------------------------------
-
-
-def finished(seeds):
-    """Seeds whose last stage is there, and of which no stage is unfinished."""
-    return [stages for stages in seeds if stages[-1] and all(run.finished for run in stages if run)]
-
-
-def last_values(seeds, key):
-    """A value of the last epoch or round, one per finished seed."""
-    return [stages[-1].log[-1][key] for stages in finished(seeds)]
-
-
-def training_seconds(seeds):
-    """A tuple of the stages' seconds for each finished seed that has all stages."""
-    complete = [stages for stages in finished(seeds) if all(stages)]
-    return [tuple(run.log[-1]['train_seconds'] for run in stages) for stages in complete]
 
 
 def spread(values):
@@ -204,247 +211,235 @@ def spread(values):
 
 def describe(run):
     """What a run did, as in the paper's Table 2: 'generic 300', 'supervised + distillation 500'."""
-    if 'target' in run.args:
-        names = {'feature': 'generic', 'pixel': 'MAE'}
-        what = names.get(run.args['target'], f'generic ({run.args["target"]})')
-    elif run.args['finetune']:
-        what = 'specific' if run.args['teacher_path'] else 'fine-tuning'
+    args, flags = run.args, ''
+    if args.get('target') == 'pixel':
+        what = 'MAE'
+    elif 'target' in args:
+        what = 'generic'
+        for flag, value in STAGE1.items():
+            flags += f', {flag} {args[flag]}' if args.get(flag, value) != value else ''
+    elif args['finetune']:
+        what = 'specific' if args['teacher_path'] else 'fine-tuning'
     else:
-        what = 'supervised + distillation' if run.args['teacher_path'] else 'supervised'
-    return f'{what} {run.total}'
+        what = 'supervised + distillation' if args['teacher_path'] else 'supervised'
+    return f'{what} {run.total or "?"}{flags}'
 
 
-def write_table(title, headings, lines, kept):
-    """Markdown; lines: lists of cells. Columns without any value are left out, but for those kept."""
-    columns = [column for column in zip(headings, *lines) if column[0] in kept or any(column[1:])]
+def write_table(headings, lines):
+    """Markdown; lines: lists of cells. Columns without any value are left out."""
+    columns = [column for column in zip(headings, *lines) if any(column[1:])]
     lines = [f'| {" | ".join(line)} |' for line in zip(*columns)]
-    return '\n'.join([f'### {title}', '', lines[0], '|---' * len(columns) + '|', *lines[1:]]) + '\n'
+    return '\n'.join([lines[0], '|---' * len(columns) + '|', *lines[1:]]) + '\n'
 
 
 def write_results(table, rows):
     """A table of the paper with our numbers."""
-    times = {row: training_seconds(seeds) for row, seeds in rows.items()}
-    longest = max((sum(stages) for seeds in times.values() for stages in seeds), default=0)
-    unit, size = 'seconds', 1
-    if longest >= 60:
-        unit, size = ('hours', 3600) if longest >= 3600 else ('minutes', 60)
-    headings = ['method', '1st stage', '2nd stage', f'1st stage, {unit}', f'2nd stage, {unit}',
-                f'time, {unit}', *table.ours, 'part of the teacher', *PAPER]
-    lines, teacher = [], []
+    ended, times = {}, {}
     for row, seeds in rows.items():
-        kinds, stage_times = ['', ''], ['', '']
+        ended[row] = [stages for stages in seeds if stages[-1] and all(run.finished for run in stages if run)]
+        complete = [stages for stages in ended[row] if all(stages)]  # stage 1 may have been given
+        times[row] = [sum(run.last['train_seconds'] for run in stages) for stages in complete]
+    longest = max(map(max, filter(None, times.values())), default=0)
+    unit, size = ('hours', 3600) if longest >= 3600 else ('minutes', 60)
+    lines, teacher = [], None
+    for row, seeds in rows.items():
+        kinds, part = ['', ''], ''
         for place, stage in enumerate(zip(*seeds)):
             kinds[place] = ' / '.join(sorted({describe(run) for run in stage if run}))
-        if len(row.folders) > 1:
-            for place, stage in enumerate(zip(*times[row])):
-                stage_times[place] = spread([seconds / size for seconds in stage])
-        time = spread([sum(stages) / size for stages in times[row]])
-        ours = [last_values(seeds, key) for key in table.ours.values()]
+        ours = [[stages[-1].last[key] for stages in ended[row]] for key in table.ours.values()]
         if row.is_teacher:
             teacher = ours[0]
-        part = ''
-        if ours[0] and teacher:
+        elif teacher and ours[0]:
             part = f'{100 * statistics.mean(ours[0]) / teacher[0]:.1f} %'
-        values = (getattr(row, name) for name in PAPER.values())
-        paper = ['' if value is None else str(value) for value in values]
-        lines.append([row.method, *kinds, *stage_times, time, *map(spread, ours), part, *paper])
-    text = write_table(table.title, headings, lines, kept=table.ours)
+        paper = [getattr(row, name) for name in PAPER.values()]
+        lines.append([row.method, *kinds, spread([seconds / size for seconds in times[row]]),
+                      *map(spread, ours), part, *(str(value or '') for value in paper)])
+    headings = ['method', '1st stage', '2nd stage', f'time, {unit}', *table.ours,
+                'part of the teacher', *PAPER]
+    text = f'### {table.title}\n\n{write_table(headings, lines)}'
     if times.get(G2SD) and times.get(DEIT_DISTILLED):
-        ours, theirs = (statistics.mean(map(sum, times[row])) for row in (G2SD, DEIT_DISTILLED))
+        ours, theirs = statistics.mean(times[G2SD]), statistics.mean(times[DEIT_DISTILLED])
         text += (f'\nTime of G2SD-S / DeiT-S with distillation: {ours / theirs:.2f}; in the paper '
-                 f'{G2SD.hours / DEIT_DISTILLED.hours:.2f} ({G2SD.hours} / {DEIT_DISTILLED.hours})\n')
+                 f'{G2SD.hours / DEIT_DISTILLED.hours:.2f} ({G2SD.hours} / {DEIT_DISTILLED.hours} '
+                 'hours). They compare only if each of our runs had the machine to itself.\n')
     return text
 
 
-def write_runs(runs):
-    """How each run went, and what its numbers rest on."""
-    headings = ['log.txt of', 'state', 'first', 'at a quarter', 'at half', 'last', 'test images',
-                'network', 'commit', 'processes']
-    lines = []
+def score_keys(runs):
+    """The keys of all numbers that the runs' tests gave."""
+    keys = [key for run in runs for key, value in run.last.items() if isinstance(value, (int, float))]
+    return [key for key in dict.fromkeys(keys) if key.startswith('test_') and key != 'test_images']
+
+
+def write_runs(task, runs):
+    """A row for each run of a task: how it went, its last numbers, and what they rest on."""
+    keys, lines = ['train_loss', *score_keys(runs)], []
     for run in runs:
-        places = [''] * 4
-        keys = ('test_acc1', 'test_bbox_AP', 'test_mIoU', 'train_loss')
-        points = next(filter(None, map(run.points, keys)), [])
-        for done, value in points if run.total else ():
-            for place, start in enumerate((0, run.total / 4, run.total / 2, run.total)):
-                if done >= start and not places[place]:
-                    places[place] = f'{value:.4g}'
-        images = str(run.log[-1].get('test_images', '')) if run.log else ''
+        course, points = [], next(filter(None, map(run.points, COURSE)), [])
+        for share in (0, 0.25, 0.5):
+            values = [value for done, value in points if run.total and done >= share * run.total]
+            course.append(f'{values[0]:.4g}' if values else '')
+        numbers = [f'{run.last[key]:.4g}' if key in run.last else '' for key in keys]
+        time = str(timedelta(seconds=round(run.last['train_seconds']))) if run.log else ''
         size = 'x'.join(map(str, run.args['input_size']))
-        lines.append([run.name, f'{run.unit} {run.done}/{run.total or "?"}', *places, images,
+        lines.append([run.name, describe(run), f'{run.unit} {run.last["done"]}/{run.total or "?"}',
+                      *course, *numbers, str(run.last.get('test_images', '')), time,
                       f'{run.args["model"]} at {size}', run.args.get('commit', ''),
                       run.args.get('hardware', '')])
-    return write_table('Is a run healthy?', headings, lines, kept=headings) + '\n' + NOTE_RUNS
+    return write_table([task, 'kind', 'state', 'first', 'at a quarter', 'at half', *keys,
+                        'test images', 'time', 'network', 'commit', 'processes'], lines)
 
 
-# ---- curves --------------------------------------------------------------------------------------
-
-
-class Curve(NamedTuple):
-    points: list     # of (x, y)
-    colour: str
-    dashed: bool
-
-
-def round_steps(low, high, least=0.0, count=6):
-    """About `count` round numbers, `least` or more apart; the first is <= low, the last >= high."""
-    high = high if high > low else low + (abs(low) or 1) * 0.1
-    raw = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(raw))
-    factors = (factor for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * (1 - 1e-9))
-    step = max(least, power * next(factors))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [step * k for k in range(first, last + 1)]
-
-
-def draw_panel(draw, box, title, xlabel, curves, font):
-    """Axes with ticks, and the curves, inside box (left, top, right, bottom), pixels; x starts at 0."""
-    left, top, right, bottom = box
-    left, top, bottom = left + 4 * font.size, top + 3 * font.size, bottom - 4 * font.size
-    draw.text((left, top - 2 * font.size), title, 'black', font)
-    draw.rectangle((left, top, right, bottom), outline='#888888', width=2)
-    points = [point for curve in curves for point in curve.points]
-    if not points:
-        return
-    xs = round_steps(0, max(x for x, _ in points), least=1)
-    ys = round_steps(min(y for _, y in points), max(y for _, y in points))
-
-    def place(x, y):
-        return (left + (right - left) * (x - xs[0]) / (xs[-1] - xs[0]),
-                bottom - (bottom - top) * (y - ys[0]) / (ys[-1] - ys[0]))
-
-    for x in xs:
-        draw.line([place(x, ys[0]), place(x, ys[-1])], '#dddddd', 2)
-        draw.text((place(x, 0)[0], bottom + font.size / 2), f'{x:g}', 'black', font, anchor='ma')
-    for y in ys:
-        draw.line([place(xs[0], y), place(xs[-1], y)], '#dddddd', 2)
-        draw.text((left - font.size / 2, place(0, y)[1]), f'{y:.6g}', 'black', font, anchor='rm')
-    draw.text(((left + right) / 2, bottom + 2 * font.size), xlabel, 'black', font, anchor='ma')
-    for curve in curves:
-        pixels = [place(*point) for point in curve.points]
-        if curve.dashed:
-            y = pixels[-1][1]
-            for x in range(int(left), int(right), font.size):
-                draw.line([(x, y), (min(x + font.size / 2, right), y)], curve.colour, 4)
-            continue
-        draw.line(pixels, curve.colour, 5, joint='curve')
-        for x, y in pixels if len(pixels) < 10 else pixels[-1:]:
-            draw.ellipse((x - 7, y - 7, x + 7, y + 7), curve.colour)
+# ---- curves: a panel is (title, label of the x axis, {Row: [[(x, y), ...] of each seed]}) --------
 
 
 def curves_of(rows, key, stage=-1):
-    """{Row: [Curve of a seed, ...]} of a value in the log, against all training of the student."""
+    """{Row: [points of each seed]} of a value in the logs, against all training of the student."""
     curves = {}
     for row, seeds in rows.items():
+        ended, running = [], []
         for stages in seeds:
-            points = stages[stage].points(key) if stages[stage] else []
-            before = sum(run.total or 0 for run in stages[:stage] if run)
-            points = [(before + x, y) for x, y in points]
-            if row.is_teacher:  # its training is another one: the last level alone can be compared
-                points = [(0, y) for _, y in points[-1:]]
+            run, before = stages[stage], sum(run.total or 0 for run in stages[:stage] if run)
+            points = [(before + x, y) for x, y in run.points(key)] if run else []
             if points:
-                curves.setdefault(row, []).append(Curve(points, row.colour, row.is_teacher))
+                (ended if run.finished else running).append(points)
+        if ended or running:
+            curves[row] = ended or running
     return curves
 
 
-def draw_curves(tables):
-    """Picture: for each table two panels side by side, and a legend. tables: [(Table, rows)]."""
-    strips = []  # of two panels: (title, label of the x axis, curves)
-    for table, rows in tables:
-        name = table.title.split(':')[0]
-        xlabel = 'epochs, all stages' if 'top-1' in table.ours else 'iterations'
-        panels = [(f'{name}: {heading}, percent', xlabel, curves_of(rows, key))
-                  for heading, key in table.ours.items()]
-        # rows that share a first stage show it once; the teacher's is another network's
-        first = {row.folders[0]: row for row in rows if row.folders[1:] and not row.is_teacher}
-        losses = curves_of({row: rows[row] for row in first.values()}, 'train_loss', stage=0)
-        strips.append([*panels, ('Generic stage: training loss', 'epochs', losses)][:2])
-    k = 2  # drawn twice as large, then reduced: smooth lines
-    font = ImageFont.load_default(15 * k)
-    heights = [430 + 26 * len(panels[0][-1]) for panels in strips]
-    image = Image.new('RGB', (1200 * k, sum(heights) * k), 'white')
-    draw, top = ImageDraw.Draw(image), 0
-    for panels, height in zip(strips, heights):
-        for left, (title, xlabel, curves) in zip((0, 600), panels):
-            box = (left * k, top * k, (left + 560) * k, (top + 420) * k)
-            draw_panel(draw, box, title, xlabel, sum(curves.values(), []), font)
-        for line, row in enumerate(panels[0][-1]):
-            y = (top + 430 + 26 * line) * k
-            for x in (60, 85) if row.is_teacher else (60, 70, 80):
-                draw.line([(x * k, y), ((x + 15) * k, y)], row.colour, 5)
-            name = re.sub(r' \(.*', '', row.method)
-            draw.text((112 * k, y), name, 'black', font, anchor='lm')
-        top += height
-    return image.reduce(k)
+def panels_of_table(table, rows):
+    """Two scores, or a score and the loss of stage 1."""
+    name = table.title.split(':')[0]
+    xlabel = 'epochs, all stages' if 'top-1' in table.ours else 'iterations'
+    panels = [(f'{name}: {heading}, percent', xlabel, curves_of(rows, key))
+              for heading, key in table.ours.items()]
+    # rows that share a first stage show it once; the teacher's is another network's
+    first = {row.folders[0]: row for row in rows if row.folders[1:] and not row.is_teacher}
+    losses = curves_of({row: rows[row] for row in first.values()}, 'train_loss', stage=0)
+    return [*panels, ('Generic stage: training loss', 'epochs', losses)][:2]
+
+
+def panels_of_runs(runs):
+    """The loss and the scores of at most ten runs of a task, in matplotlib's colours."""
+    rows = {Row(run.name, ('',), f'C{number}'): [[run]] for number, run in enumerate(runs)}
+    return [(f'{runs[0].task}: {key}', f'{runs[0].unit}s', curves_of(rows, key))
+            for key in ('train_loss', *score_keys(runs))]
+
+
+def draw_curve(axes, row, seeds):
+    """A line through the seeds' means, and a band from the lowest to the highest."""
+    look = {'color': row.colour, 'label': row.method, 'linewidth': 2}
+    if row.is_teacher:  # its training is another one: its last value alone can be compared
+        axes.axhline(seeds[0][-1][1], linestyle='--', **look)
+        return
+    seeds = [dict(points) for points in seeds]
+    places = sorted(set.intersection(*map(set, seeds)))
+    values = [[seed[x] for seed in seeds] for x in places]
+    marker = 'o' if len(places) < 10 else ''
+    axes.plot(places, list(map(statistics.mean, values)), marker=marker, **look)
+    if len(seeds) > 1:
+        axes.fill_between(places, list(map(min, values)), list(map(max, values)), color=row.colour,
+                          alpha=0.2, linewidth=0)
+
+
+def draw_curves(strips, path):
+    """Picture of strips of two panels side by side, each with its legend below."""
+    import matplotlib  # takes a second, and --finished does without
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+    heights = [3.8 + 0.3 * math.ceil(len(panels[0][-1]) / 2) for panels in strips]  # inches
+    with matplotlib.rc_context({'font.size': 13}):
+        figure = Figure((12, sum(heights)), dpi=100, layout='constrained')
+        parts = figure.subfigures(len(strips), height_ratios=heights, squeeze=False)[:, 0]
+        for panels, part in zip(strips, parts):
+            legend = {}
+            for place, (title, xlabel, curves) in enumerate(panels, 1):
+                axes = part.add_subplot(1, 2, place)
+                for row, seeds in curves.items():
+                    draw_curve(axes, row, seeds)
+                lines, labels = axes.get_legend_handles_labels()
+                legend |= dict(zip(labels, lines))
+                axes.set(title=title, xlabel=xlabel)
+                axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+                axes.grid(alpha=0.4)
+            part.legend(legend.values(), legend, loc='outside lower center', ncols=2)
+        figure.savefig(path)
 
 
 # ---- pictures ------------------------------------------------------------------------------------
 
-PICTURES = {  # file: (caption, the run's folder, images below its --data_path, tool, its flag, images)
-    'stage1.png': ('Stage 1: input, mask, the teacher\'s reconstruction, cosine', 'generic', 'val',
-                   'visualize.py', '--images', 4),
-    'detection.png': ('Detection', 'det_g2sd', 'val2017', 'predict.py', '--image', 1),
-    'segmentation.png': ('Segmentation', 'seg_g2sd', 'images/validation', 'predict.py', '--image', 1),
+PICTURES = {  # file: caption, the run's folder, images and annotations below its --data_path, command
+    'stage1.png': ('Stage 1: input, mask, the teacher\'s reconstruction, cosine', 'generic', 'val', None,
+                   'visualize.py'),
+    'detection.png': ('Detection beside the ground truth, scores from 0.3', 'det_g2sd', 'val2017',
+                      'annotations/instances_val2017.json', 'predict.py', '--score', '0.3'),
+    'segmentation.png': ('Segmentation beside the ground truth', 'seg_g2sd', 'images/validation',
+                         'annotations/validation', 'predict.py'),
 }
 
 
-def draw_picture(root, file):
-    """Lets a tool draw what the first seed's network makes of some images, if they are there."""
-    _, folder, images, tool, flag, count = PICTURES[file]
-    seeds = finished(read_row(root, Row('', (folder,), '')))
-    data = seeds[0][0].args.get('data_path') if seeds else None
+def draw_picture(runs, file, out):
+    """Lets a tool draw what the first finished network makes of three images, if they are there."""
+    _, folder, images, annotations, tool, *flags = PICTURES[file]
+    runs = [run for run in runs if run.path.name == folder and run.finished]
+    data = runs[0].args.get('data_path') if runs else None
     paths = sorted(Path(data, images).rglob('*.*')) if data else []
-    if len(paths) >= count:
-        checkpoint = root / seeds[0][0].name / 'checkpoint.pth'
-        command = [sys.executable, Path(__file__).with_name(tool), '--checkpoint', checkpoint, '--out',
-                   root / file, flag, *random.Random(0).sample(paths, count)]
-        subprocess.run(command, stdout=subprocess.DEVNULL)
+    if len(paths) >= 3:
+        flags += ['--annotations', Path(data, annotations)] if annotations else []
+        flags += ['--checkpoint', runs[0].path / 'checkpoint.pth', '--out', out / file]
+        paths = random.Random(0).sample(paths, 3)
+        subprocess.run([sys.executable, Path(__file__).with_name(tool), *flags, '--images', *paths],
+                       stdout=subprocess.DEVNULL)
 
 
 def get_args_parser():
     parser = argparse.ArgumentParser(
-        description='logs of a folder of runs -> results.md, curves.png and pictures',
-        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('folder', type=Path, help='folder with the teachers\' runs and seed<N>/')
+        description='logs of runs -> results.md, curves.png and pictures', allow_abbrev=False)
+    parser.add_argument('folder', type=Path, nargs='+', help='a run, or a folder with runs')
+    parser.add_argument('--out', type=Path,
+                        help='folder to write to; by default FOLDER, of several the current folder')
     parser.add_argument('--finished', action='store_true',
                         help='write nothing; end in an error unless the folder is a finished run')
     return parser
 
 
 def main(args):
-    root = args.folder
     if args.finished:
-        run = read_run(root, '')
-        if not run or not run.finished:
-            raise SystemExit(f'{root} was interrupted: start make again, it goes on')
+        for folder in args.folder:
+            run = read_run(folder)
+            if not run or not run.finished:
+                raise SystemExit(f'{folder} was interrupted: start make again, it goes on')
         return
-    tables, runs = [], {}
-    for table in TABLES:
-        rows = {row: read_row(root, row) for row in table.rows}
-        rows = {row: seeds for row, seeds in rows.items() if seeds or row.top1 or row.box}
-        last = {stages[-1].name for seeds in rows.values() for stages in seeds if stages[-1]}
-        if last - runs.keys():  # stage 1 alone, and rows that another table has, begin no table
-            check_rows(rows)
-            tables.append((table, rows))
-        for seeds in rows.values():
-            runs |= {run.name: run for stages in seeds for run in stages if run}
-    if not runs:
-        raise SystemExit(f'{root} holds no run: give a folder with teacher_mae/ ... or seed<N>/')
-    if not tables:
-        tables = [(TABLES[0], {row: read_row(root, row) for row in TABLES[0].rows})]
-    parts = [write_results(table, rows) for table, rows in tables]
-    parts += [NOTE, write_runs(runs.values()), '### Pictures\n']
-    captions = {'curves.png': 'Training curves'}
-    draw_curves(tables).save(root / 'curves.png')
-    for file, (caption, *_) in PICTURES.items():
-        draw_picture(root, file)
-        captions[file] = caption
-    for file, caption in captions.items():
-        if (root / file).exists():
+    base = args.folder[0] if len(args.folder) == 1 else Path()
+    out = args.out or base
+    runs = {}
+    for folder in args.folder:
+        found = read_runs(folder, base)
+        if not found:
+            raise SystemExit(f'{folder} holds no run: give a folder with args.json and log.txt, or '
+                             'one with such folders')
+        runs |= found
+    tables, others = read_tables(runs)
+    parts = [write_results(*table) for table in tables]
+    parts += [NOTE] * bool(tables) + [HEALTH]
+    strips = [panels_of_table(*table) for table in tables]
+    for task in dict.fromkeys(run.task for run in runs.values()):
+        parts.append(write_runs(task, [run for run in runs.values() if run.task == task]))
+        shown = [run for run in others if run.task == task]
+        for first in range(0, len(shown), 10):  # there are ten colours
+            panels = panels_of_runs(shown[first:first + 10])
+            strips += [panels[k:k + 2] for k in range(0, len(panels), 2)]
+    out.mkdir(parents=True, exist_ok=True)
+    draw_curves(strips, out / 'curves.png')
+    parts.append(f'### Pictures\n\n{CURVES}:\n\n![Curves](curves.png)\n')
+    for file, (caption, *_) in PICTURES.items() if len(args.folder) == 1 else ():
+        draw_picture(runs.values(), file, out)
+        if (out / file).exists():
             parts.append(f'{caption}:\n\n![{caption}]({file})\n')
     text = '\n'.join(parts)
     print(text, end='')
-    (root / 'results.md').write_text(text, encoding='utf-8')
+    (out / 'results.md').write_text(text, encoding='utf-8')
 
 
 if __name__ == '__main__':

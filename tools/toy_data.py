@@ -18,7 +18,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
@@ -31,25 +31,8 @@ CATEGORY_IDS = {'circle': 1, 'square': 3, 'triangle': 7, 'star': 8}  # with gaps
 GROUNDS = ('grass', 'sand', 'water')
 ADE_CLASSES = GROUNDS + ('pole',) + SHAPES  # label = index + 1
 GROUND_COLOURS = ((0.38, 0.56, 0.34), (0.68, 0.60, 0.44), (0.34, 0.48, 0.64))  # of GROUNDS
-SPLITS = ('train', 'val')
-ADE_SPLITS = {'train': 'training', 'val': 'validation'}
-
-
-class Annotation(NamedTuple):
-    """What can be seen of one object, or of one crowd (whose polygons stay empty)."""
-    shape: str
-    polygons: list        # of (P, 2) arrays, xy in pixels; two of them where a pole stands in front
-    mask: np.ndarray      # (H, W) bool
-    iscrowd: bool
-
-
-class Scene(NamedTuple):
-    image: np.ndarray     # (H, W, 3) uint8
-    labels: np.ndarray    # (H, W) uint8, 0 = ignore, otherwise an index into ADE_CLASSES plus 1
-    annotations: list     # of Annotation, disjoint masks
-
-
-# ---- geometry ------------------------------------------------------------------------------------
+SPLITS = {'train': 'training', 'val': 'validation'}  # ADE20K's names
+JPEG = {'quality': 95, 'subsampling': 0}  # without subsampling thin textures keep their colours
 
 
 def draw_outline(rng, shape, centre, radius):
@@ -64,12 +47,9 @@ def draw_outline(rng, shape, centre, radius):
 
 
 def clip(polygon, axis, limit, side):
-    """The part of a polygon (P, 2) below (side 1) or above (side -1) a limit on x or y (axis 0, 1).
-
-    Sutherland-Hodgman against one line; (0, 2) if nothing is left. A star's parts may stay joined.
-    """
-    kept = []
-    for (a, b) in zip(polygon, np.roll(polygon, -1, axis=0), strict=True):
+    """The part of a polygon (P, 2) below (side 1) or above (side -1) a limit on x or y (axis 0, 1)."""
+    kept = []  # Sutherland-Hodgman against one line: a star's parts may stay joined
+    for a, b in zip(polygon, np.roll(polygon, -1, axis=0)):
         a_in, b_in = side * a[axis] <= side * limit, side * b[axis] <= side * limit
         if a_in:
             kept.append(a)
@@ -95,19 +75,6 @@ def encode_rle(mask):
     return {'counts': counts, 'size': list(mask.shape)}
 
 
-# ---- drawing -------------------------------------------------------------------------------------
-
-
-def draw_texture(rng, texture, height, width):
-    """Pattern (H, W) bool of random tilt, phase and period (5 to 8 pixels: the toy models' patch)."""
-    angle, period = rng.uniform(-MAX_TILT, MAX_TILT), rng.uniform(5.0, 8.0)
-    y, x = np.mgrid[:height, :width]
-    u = (np.cos(angle) * x + np.sin(angle) * y) / period + rng.uniform()
-    v = (np.cos(angle) * y - np.sin(angle) * x) / period + rng.uniform()
-    stripes, bands = u % 1 < 0.5, v % 1 < 0.5
-    return {'stripes': stripes, 'bands': bands, 'checks': stripes ^ bands}[texture]
-
-
 def draw_clouds(rng, height, width, cells):
     """Smooth noise (H, W) in about -1..1, from a grid of cells x cells random values."""
     grid = Image.fromarray(rng.uniform(-1, 1, size=(cells, cells)).astype(np.float32))
@@ -125,10 +92,14 @@ def draw_ground(rng, height, width):
 
 
 def paint(rng, image, mask, texture):
-    """Fill a mask (H, W) of the image (H, W, 3), in place, with a texture in two random colours."""
+    """Fills a mask (H, W) of the image (H, W, 3), in place: random colours, tilt, phase, period."""
     colour = rng.uniform(0.15, 0.85, size=3)
     contrast = rng.uniform(0.25, 0.60) * rng.choice([-1, 1])  # the same in the three channels
-    pattern = draw_texture(rng, texture, *mask.shape)[mask]
+    angle, period = rng.uniform(-MAX_TILT, MAX_TILT), rng.uniform(5.0, 8.0)  # the toy models' patch
+    y, x = np.nonzero(mask)
+    stripes = ((np.cos(angle) * x + np.sin(angle) * y) / period + rng.uniform()) % 1 < 0.5
+    bands = ((np.cos(angle) * y - np.sin(angle) * x) / period + rng.uniform()) % 1 < 0.5
+    pattern = {'stripes': stripes, 'bands': bands, 'checks': stripes ^ bands}[texture]
     image[mask] = colour + contrast * (pattern[:, None] - 0.5)
 
 
@@ -155,15 +126,17 @@ def draw_class(rng, size, name):
     return finish(rng, image)
 
 
-def draw_scene(rng, height, width, objects, crowd=False, pole=False):
-    """A Scene with at most `objects` objects, a crowd and a pole if asked.
+def draw_scene(rng, height, width, count, crowd, pole):
+    """(image (H, W, 3) uint8, labels (H, W) uint8, visible objects).
 
-    Objects keep clear of each other, and are left out if they find no place; the pole stands in
-    front, and the picture's border may cut them. Up to two patches of ground are unlabelled (0).
+    At most `count` objects, a crowd and a pole if asked. Objects keep clear of each other, and are
+    left out if they find no place; the pole stands in front, and the picture's border may cut them.
+    What can be seen of an object is its mask (H, W) and its polygons (P, 2), xy in pixels: two where
+    the pole stands in front, none of a crowd. Up to two patches of ground are unlabelled (0).
     """
     image, labels = draw_ground(rng, height, width)
-    short, taken, annotations = min(height, width), [], []
-    for index in range(objects + crowd):
+    short, taken, objects = min(height, width), [], []
+    for index in range(count + crowd):
         is_crowd = crowd and index == 0  # first, while there is room
         radius = short * (0.28 if is_crowd else rng.uniform(0.08, 0.25))
         for _ in range(20):
@@ -173,55 +146,65 @@ def draw_scene(rng, height, width, objects, crowd=False, pole=False):
         else:
             continue
         taken.append((centre, radius))
-        shape, texture = rng.choice(SHAPES), rng.choice(TEXTURES)
+        shape, texture, members = rng.choice(SHAPES), rng.choice(TEXTURES), [centre]
         if is_crowd:
             members = centre + rng.uniform(-0.6, 0.6, size=(rng.integers(6, 12), 2)) * radius
-            outlines = [draw_outline(rng, shape, member, 0.3 * radius) for member in members]
-        else:
-            outlines = [draw_outline(rng, shape, centre, radius)]
+            radius *= 0.3
+        outlines = [draw_outline(rng, shape, member, radius) for member in members]
         mask = np.zeros((height, width), dtype=bool)
         for outline in outlines:
             part = fill(outline, height, width)
             paint(rng, image, part, texture)
             mask |= part
-        annotations.append(Annotation(shape, [] if is_crowd else outlines, mask, is_crowd))
+        objects.append(SimpleNamespace(
+            shape=shape, mask=mask, polygons=[] if is_crowd else outlines, is_crowd=is_crowd))
         labels[mask] = ADE_CLASSES.index(shape) + 1
-
     if pole:
         # through the first object that is not a crowd, so that its visible part has two polygons
-        targets = [a.mask for a in annotations if not a.iscrowd and a.mask.any()]
+        targets = [a.mask for a in objects if not a.is_crowd and a.mask.any()]
         columns = np.nonzero(targets[0])[1] if targets else np.arange(width)
         left = round(columns.mean() - 0.03 * short)
         right = left + round(0.06 * short)
         image[:, max(left, 0):right] = rng.uniform(0.1, 0.3, size=3)
         labels[:, max(left, 0):right] = ADE_CLASSES.index('pole') + 1
-        for a in annotations:
+        for a in objects:
             a.mask[:, max(left, 0):right] = False
-            parts = [(clip(p, 0, left, 1), clip(p, 0, right, -1)) for p in a.polygons]
-            a.polygons[:] = sum(parts, ())
-    for a in annotations:
-        for axis, limit in ((0, width), (1, height)):
-            a.polygons[:] = [clip(clip(p, axis, 0, -1), axis, limit, 1) for p in a.polygons]
-        a.polygons[:] = [p for p in a.polygons if fill(p, height, width).any()]
-
-    for _ in range(rng.integers(0, 3)):
-        outline = draw_outline(rng, 'circle', rng.uniform(0, (width, height)), 0.1 * short)
-        labels[fill(outline, height, width) & (labels <= len(GROUNDS))] = 0
+            right_parts = [clip(p, 0, right, -1) for p in a.polygons]
+            a.polygons = [clip(p, 0, left, 1) for p in a.polygons] + right_parts
     visible = []
-    for a in annotations:
+    for a in objects:
+        for border in ((0, 0, -1), (0, width, 1), (1, 0, -1), (1, height, 1)):
+            a.polygons = [clip(p, *border) for p in a.polygons]
+        a.polygons = [p for p in a.polygons if fill(p, height, width).any()]
         if a.mask.sum() > 20:
             visible.append(a)
         else:  # a few pixels at the border or beside the pole are no object
             labels[a.mask] = 0
-    return Scene(finish(rng, image), labels, visible)
+    for _ in range(rng.integers(0, 3)):
+        outline = draw_outline(rng, 'circle', rng.uniform(0, (width, height)), 0.1 * short)
+        labels[fill(outline, height, width) & (labels <= len(GROUNDS))] = 0
+    return finish(rng, image), labels, visible
 
 
-# ---- writing -------------------------------------------------------------------------------------
+def draw_split(args, split):
+    """Yields (number from 1, picture, labels, objects) of the scenes of a split."""
+    split_id = list(SPLITS).index(split)
+    for index in range((args.scenes, args.val_scenes)[split_id]):
+        # streams that the ImageFolder does not use
+        rng = np.random.default_rng([args.seed, len(SPLITS) + split_id, index])
+        low, high = round(0.75 * args.scene_size), round(1.25 * args.scene_size)
+        height, width = rng.integers(low, high, size=2, endpoint=True).tolist()
+        # the first scene has no objects, the second a crowd, the third a pole
+        count = 0 if index == 0 else int(rng.integers(1, 7))
+        crowd = index == 1 or (count > 0 and rng.random() < 0.15)
+        pole = index == 2 or (count > 0 and rng.random() < 0.3)
+        image, labels, objects = draw_scene(rng, height, width, count, crowd, pole)
+        yield index + 1, Image.fromarray(image), labels, objects
 
 
 def write_imagenet(args, folder):
     """ImageFolder of --train and --val pictures; classes take turns."""
-    for split_id, (split, count) in enumerate(zip(SPLITS, (args.train, args.val), strict=True)):
+    for split_id, (split, count) in enumerate(zip(SPLITS, (args.train, args.val))):
         for name in CLASSES:
             (folder / split / name).mkdir(parents=True)
         for index in range(count):
@@ -232,63 +215,42 @@ def write_imagenet(args, folder):
             Image.fromarray(image).save(path, compress_level=1)
 
 
-def draw_split(args, split):
-    """Scenes of a split: the first without objects, the second with a crowd, the third with a pole."""
-    split_id = SPLITS.index(split)
-    for index in range((args.scenes, args.val_scenes)[split_id]):
-        # streams that the ImageFolder does not use
-        rng = np.random.default_rng([args.seed, len(SPLITS) + split_id, index])
-        low, high = round(0.75 * args.scene_size), round(1.25 * args.scene_size)
-        height, width = rng.integers(low, high, size=2, endpoint=True)
-        objects = 0 if index == 0 else int(rng.integers(1, 7))
-        crowd = index == 1 or (objects > 0 and rng.random() < 0.15)
-        pole = index == 2 or (objects > 0 and rng.random() < 0.3)
-        yield draw_scene(rng, int(height), int(width), objects, crowd, pole)
-
-
-def save_image(scene, path):
-    """The same bytes for COCO and ADE; subsampling 0 keeps the colours of thin textures."""
-    Image.fromarray(scene.image).save(path, quality=95, subsampling=0)
-
-
 def write_coco(args, folder):
     """Pictures and instances_*.json; ids count from 1, boxes are xywh in pixels around the mask."""
     (folder / 'annotations').mkdir(parents=True)
+    categories = [{'id': number, 'name': shape, 'supercategory': 'shape'}
+                  for shape, number in CATEGORY_IDS.items()]
     for split in SPLITS:
         (folder / f'{split}2017').mkdir()
         images, annotations = [], []
-        for image_id, scene in enumerate(draw_split(args, split), start=1):
-            height, width = scene.labels.shape
-            name = f'{image_id:012d}.jpg'
+        for image_id, picture, labels, objects in draw_split(args, split):
+            name, (height, width) = f'{image_id:012d}.jpg', labels.shape
             images.append({'id': image_id, 'file_name': name, 'height': height, 'width': width})
-            save_image(scene, folder / f'{split}2017' / name)
-            for a in scene.annotations:
+            picture.save(folder / f'{split}2017' / name, **JPEG)
+            for a in objects:
                 y, x = np.nonzero(a.mask)
                 box = x.min(), y.min(), np.ptp(x) + 1, np.ptp(y) + 1
                 polygons = [p.round(2).ravel().tolist() for p in a.polygons]
                 annotations.append({
                     'id': len(annotations) + 1, 'image_id': image_id,
                     'category_id': CATEGORY_IDS[a.shape],
-                    'segmentation': encode_rle(a.mask) if a.iscrowd else polygons,
+                    'segmentation': encode_rle(a.mask) if a.is_crowd else polygons,
                     'bbox': [float(value) for value in box],
-                    'area': int(a.mask.sum()), 'iscrowd': int(a.iscrowd)})
-        categories = [{'id': number, 'name': shape, 'supercategory': 'shape'}
-                      for shape, number in CATEGORY_IDS.items()]
+                    'area': int(a.mask.sum()), 'iscrowd': int(a.is_crowd)})
         content = {'info': {'description': f'tools/toy_data.py --seed {args.seed}'}, 'licenses': [],
                    'images': images, 'annotations': annotations, 'categories': categories}
         (folder / 'annotations' / f'instances_{split}2017.json').write_text(json.dumps(content))
 
 
 def write_ade(args, folder):
-    """Pictures and 8-bit label PNGs of one name, as in ADE20K, and the names of the labels."""
+    """The same pictures with 8-bit label PNGs, named as in ADE20K, and the names of the labels."""
     for split in SPLITS:
-        images = folder / 'images' / ADE_SPLITS[split]
-        labels = folder / 'annotations' / ADE_SPLITS[split]
-        images.mkdir(parents=True)
-        labels.mkdir(parents=True)
-        for number, scene in enumerate(draw_split(args, split), start=1):
-            save_image(scene, images / f'ADE_{split}_{number:08d}.jpg')
-            Image.fromarray(scene.labels).save(labels / f'ADE_{split}_{number:08d}.png')
+        for kind in ('images', 'annotations'):
+            (folder / kind / SPLITS[split]).mkdir(parents=True)
+        for number, picture, labels, _ in draw_split(args, split):
+            name = f'{SPLITS[split]}/ADE_{split}_{number:08d}'
+            picture.save(folder / f'images/{name}.jpg', **JPEG)
+            Image.fromarray(labels).save(folder / f'annotations/{name}.png')
     lines = [f'{label} {name}\n' for label, name in enumerate(ADE_CLASSES, start=1)]
     (folder / 'classes.txt').write_text(''.join(lines))
 
@@ -301,16 +263,14 @@ def get_args_parser():
         description='draws small data sets of textured shapes', allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--out', type=Path, required=True, help='folder to write to')
-    parser.add_argument('--only', nargs='+', choices=list(WRITERS), default=list(WRITERS),
-                        help='sets to draw')
+    parser.add_argument('--only', nargs='+', choices=WRITERS, default=list(WRITERS), help='sets')
     parser.add_argument('--seed', type=int, default=0, help='another seed draws other pictures')
     group = parser.add_argument_group('imagenet')
     group.add_argument('--size', type=int, default=48, help='side of a picture, 16 pixels at least')
     group.add_argument('--train', type=int, default=1200, help='training pictures, 12 at least')
     group.add_argument('--val', type=int, default=600, help='validation pictures, 12 at least')
     group = parser.add_argument_group('coco and ade (the same scenes)')
-    group.add_argument('--scene_size', type=int, default=128,
-                       help='mean side of a scene in pixels, 64 at least; sides vary by 25 %%')
+    group.add_argument('--scene_size', type=int, default=128, help='mean side, 64 pixels at least')
     group.add_argument('--scenes', type=int, default=64, help='training scenes, 3 at least')
     group.add_argument('--val_scenes', type=int, default=32, help='validation scenes, 3 at least')
     return parser

@@ -14,18 +14,13 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import models
 from predict import check_out, classifier_input, read_image
-
-# the cosine's colours, from 0 (dark blue) to 1 (yellow), readable in grey as well
-COLOURS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)])
-CELL = 224  # pixels: smaller images are enlarged to about that
 
 
 def load_stage1(path, teacher_path=None, teacher_model=None):
@@ -73,16 +68,9 @@ def to_pixels(images):
     return ((images * std + mean).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 
-def colour(cosine):
-    """Array of cosines -> the same with a last axis of 3, uint8; below 0 counts as 0."""
-    places = np.linspace(0, 1, len(COLOURS))
-    channels = [np.interp(cosine, places, channel) for channel in COLOURS.T]
-    return np.stack(channels, axis=-1).round().astype(np.uint8)
-
-
 @torch.no_grad()
 def make_columns(model, teacher, args, images, masking):
-    """[(caption, (N, H, W, 3) uint8)]; the cosines (N, 1+L), or None where the target is no feature."""
+    """[(caption, (N, H, W, 3) uint8)]; for features the last is of (N, h, w) cosines, per patch."""
     pixels = model.patchify(images)
     hidden = model.unpatchify(pixels * (1 - masking.mask[:, :, None]))  # grey: ImageNet's mean
     columns = [('input', to_pixels(images)), (f'masked {args.mask_ratio:.0%}', to_pixels(hidden))]
@@ -93,42 +81,39 @@ def make_columns(model, teacher, args, images, masking):
 
     if args.target == 'pixel':
         add_reconstruction('reconstruction', model)
-        return columns, None
+        return columns
     add_reconstruction('teacher\'s reconstruction', teacher)
     if args.target != 'feature':
         add_reconstruction('student\'s reconstruction', lambda *inputs: model(*inputs)[:, 1:])
-        return columns, None
+        return columns
     cosines = cosine_map(model, teacher, images, masking, args.target_layer)
-    (h, w), (p, q) = model.patch_embed.grid_size, model.patch_embed.patch_size
-    heat = colour(cosines[:, 1:].numpy()).reshape(-1, h, w, 3).repeat(p, axis=1).repeat(q, axis=2)
-    return columns + [('student-teacher cosine', heat)], cosines
+    cosines = cosines[:, 1:].reshape(-1, *model.patch_embed.grid_size)
+    return [*columns, ('student-teacher cosine', cosines.numpy())]
 
 
-def compose(columns, names, lines, note):
-    """The picture: captions, a row per image with its name and line below, a note under all.
+def save_panels(out, columns, names, lines, note):
+    """Writes the picture: captions, a row per image with its name and line below, a note under all.
 
-    columns: [(caption, (N, H, W, 3) uint8)]; lines: N texts, below the last column.
+    columns: see `make_columns`; names, lines: N texts, below the first and the last column.
     """
-    gap, line = 12, 20
-    count, height, width, _ = columns[0][1].shape
-    zoom = -(-CELL // width)  # whole, so that pixels and patches stay sharp
-    height, width = height * zoom, width * zoom
-    row = height + gap + line
-    size = gap + len(columns) * (width + gap), 3 * line + gap + count * row
-    sheet, font = Image.new('RGB', size, 'white'), ImageFont.load_default(14)
-    draw = ImageDraw.Draw(sheet)
-    for number, (caption, pictures) in enumerate(columns):
-        x = gap + number * (width + gap)
-        draw.text((x, gap / 2), caption, 'black', font)
-        for index, picture in enumerate(pictures):
-            picture = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(picture, (x, line + gap + index * row))
-    for index, (name, text) in enumerate(zip(names, lines)):
-        y = line + gap + index * row + height
-        draw.text((gap, y), name, 'black', font)
-        draw.text((x, y), text, 'black', font)
-    draw.text((gap, size[1] - 2 * line), note, 'black', font)
-    return sheet
+    _, height, width, *_ = columns[0][1].shape
+    row = 2.4 * height / width + 0.3  # inches
+    size = 2.4 * len(columns) + 0.6, row * len(names) + 0.9
+    figure = Figure(figsize=size, dpi=100, layout='constrained')
+    axes = figure.subplots(len(names), len(columns), squeeze=False)
+    for column, (caption, pictures) in zip(axes.T, columns):
+        column[0].set_title(caption, fontsize=11)
+        for panel, picture in zip(column, pictures):
+            drawn = panel.imshow(picture, vmin=0, vmax=1, interpolation='nearest')
+            panel.set(xticks=[], yticks=[])
+    if picture.ndim == 2:  # a value per patch
+        figure.colorbar(drawn, ax=axes[:, -1], aspect=30, extend='min')  # below 0
+    for panels, name, line in zip(axes, names, lines):
+        panels[0].set_xlabel(name, loc='left', parse_math=False)
+        panels[-1].set_xlabel(line)
+    figure.supxlabel(note, fontsize=10)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out)
 
 
 def get_args_parser():
@@ -154,20 +139,23 @@ def main(args):
     generator = torch.Generator().manual_seed(args.seed)
     noise = torch.rand(len(images), model.patch_embed.num_patches, generator=generator)
     masking = models.random_masking(noise, trained.mask_ratio)
-    columns, cosines = make_columns(model, teacher, trained, torch.stack(images), masking)
+    columns = make_columns(model, teacher, trained, torch.stack(images), masking)
     note = 'Visible patches of reconstructions are pasted from the input'
     if trained.norm_pix_loss:
         note += '; true patch mean and variance used'
     lines, mean = [''] * len(images), ''
-    if cosines is not None:
-        note += f'.\nCosine: 0 blue, 1 yellow; with decoder block {trained.target_layer}'
-        hidden, cosines = masking.mask.bool(), cosines[:, 1:]
+    if trained.target == 'feature':
+        note += f'.\nCosine with the features of decoder block {trained.target_layer}'
+        cosines = torch.from_numpy(columns[-1][1]).flatten(1)
         lines = [f'hidden {values[gone].mean():.3f}, visible {values[~gone].mean():.3f}'
-                 for values, gone in zip(cosines, hidden)]
+                 for values, gone in zip(cosines, masking.mask.bool())]
         mean = f', mean cosine {cosines.mean():.4f}'
-    compose(columns, [Path(path).name for path in args.images], lines, note).save(args.out)
+    save_panels(args.out, columns, [Path(path).name for path in args.images], lines, note)
     print(f'{args.out}: {len(images)} images{mean}')
 
 
 if __name__ == '__main__':
-    main(get_args_parser().parse_args())
+    try:
+        main(get_args_parser().parse_args())
+    except models.DataError as error:
+        sys.exit(str(error))
