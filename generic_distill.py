@@ -140,12 +140,14 @@ def build_data(args, num_patches):
             root = root / 'train'
         if not args.data_path or not root.is_dir():
             raise SystemExit(f'--data_path {args.data_path}: give a folder of images')
-        folders = sorted(path.name for path in root.iterdir() if path.is_dir())
-        other = [name for name in folders if re.match('val|test|annotations', name, re.I)]
-        if other:  # of COCO, ADE20K ...: images of validation, or labels
-            inner = [*root.glob('train*/'), *root.glob('images/train*/'), *root.glob('images/')]
-            hint = inner[0] if inner else 'the folder of the training images'
-            raise SystemExit(f'--data_path {root} holds {other[0]}/, too: give {hint}')
+        # of COCO, ADE20K ...: images of validation, or labels; valley/ is a class
+        folders = [path for path in sorted([*root.glob('*'), *root.glob('images/*')]) if path.is_dir()]
+        pattern = re.compile(r'(val|validation|test|annotations)\d*', re.I)
+        other = [path for path in folders if pattern.fullmatch(path.name)]
+        if other:
+            inner = [path for path in folders if re.match('train|images$', path.name, re.I)]
+            hint = inner[-1] if inner else 'the folder of the training images'
+            raise SystemExit(f'--data_path {root} holds {other[0].relative_to(root)}/, too: give {hint}')
         try:
             dataset = FlatFolder(root, transform, loader=models.read_rgb)
         except FileNotFoundError as error:

@@ -317,6 +317,7 @@ HUGGING_FACE = (
     (r'^classifier\.', 'head.'),
     (r'^decoder\.decoder_(layers|encoder\.layer)\.', 'decoder_blocks.'),
     (r'^decoder\.', ''),
+    # query, key, value in files; q_proj, k_proj, v_proj in memory
     (r'\.attention\.(attention\.)?(q|k|v)(uery|ey|alue|_proj)\.', r'.attn.\2.'),
     (r'\.attention\.(output\.dense|o_proj)\.', '.attn.proj.'),
     (r'\.intermediate\.dense\.', '.mlp.fc1.'),
@@ -394,6 +395,12 @@ def flat_state_dict(checkpoint, path):
         unused = ('encoderfeature_pred.', 'decoder_norm.', 'decoder_pred.')
         state = {key.replace('decoderfeature_pred.', 'feature_head.'): value
                  for key, value in state.items() if not key.startswith(unused)}
+    # LayerScale of DeiT III, DINOv2 in timm: a factor of what attention and MLP add, folded into them
+    for key in [key for key in state if re.search(r'\.ls[12]\.gamma$', key)]:
+        gamma, layer = state.pop(key), 'attn.proj' if '.ls1.' in key else 'mlp.fc2'
+        name = re.sub(r'ls[12]\.gamma$', layer, key)
+        state[f'{name}.weight'] = gamma[:, None] * state[f'{name}.weight']
+        state[f'{name}.bias'] = gamma * state[f'{name}.bias']
     return state
 
 
@@ -410,9 +417,9 @@ def fit_positions(model, state_dict, path, flags):
     """Brings `pos_embed` and `decoder_pos_embed` to the model's tokens and grid, in place.
 
     The rows before the patches are [class] or [class, distillation]; missing ones become zero (DeiT
-    III has none). A detector's table, (1, H, W, D), has no such rows. Grids are resized bicubically without
-    antialiasing, as in MAE and DeiT. flags: `own_args` of the checkpoint, which tell its grid;
-    other files' grids are square. Returns what it did, in words.
+    III has none). A detector's table, (1, H, W, D), has no such rows. Grids are resized bicubically
+    without antialiasing, as in MAE and DeiT. flags: `own_args` of the checkpoint, which tell its
+    grid; other files' grids are square. Returns what it did, in words.
     """
     done, own_parameters = [], dict(model.named_parameters())
     if any('reg_token' in key or 'register_token' in key for key in state_dict):
@@ -484,7 +491,7 @@ def check_classes(theirs, ours, path):
 
 # what a stage-2 network may have that the file lacks, and the reverse
 NEW = r'(head|head_dist|fc_norm)\.|dist_token$|blocks\.\d+\.(gamma_[12]|attn\.rel(ative)?_pos\w*)$'
-LEFT_OUT = (r'(decoder_\w+|feature_head|head|head_dist|fc_norm|norm)\.|(decoder_pos_embed|'
+LEFT_OUT = (r'(decoder_\w+|feature_head|head|head_dist|fc_norm|norm|pooler)\.|(decoder_pos_embed|'
             r'mask_token|masked_embed|dist_token|cls_token|blocks\.\d+\.attn\.k_bias)$')
 
 

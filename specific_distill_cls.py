@@ -173,6 +173,8 @@ def build_data(args):
     options = {'batch_size': args.batch_size, 'num_workers': args.num_workers,
                'pin_memory': args.device.startswith('cuda'), 'worker_init_fn': models.start_worker}
     val = open_dataset(args, 'val', build_transform(args, is_train=False))
+    if not len(val):
+        raise SystemExit(f'--data_path {args.data_path}: val/ holds no image')
     own_share = [(0, index) for index in range(args.rank, len(val), args.world_size)]
     val_loader = torch.utils.data.DataLoader(
         models.SeededDataset(val, args.seed), sampler=own_share, **options)

@@ -285,8 +285,8 @@ class CocoDataset(torch.utils.data.Dataset):
 
     Training: index -> (image (3, h, w) uint8, target), jittered, with `boxes` (K, 4) xyxy in its
     pixels, `labels` (K,) from 1 and `masks` (K, h, w) uint8, see `crop_object`; K may be 0 after
-    the crop. Images without objects are left out. Evaluation: the long side becomes the input size; the target holds
-    `image_id` and the original `size` (height, width).
+    the crop. Images without objects are left out. Evaluation: the long side becomes the input size;
+    the target holds `image_id` and the original `size` (height, width).
     """
 
     def __init__(self, coco, image_folder, args, is_train):

@@ -149,8 +149,9 @@ def read_label(path, reduce_zero_label):
     reduce_zero_label: in the file, 0 means ignore and classes count from 1.
     """
     image = models.open_image(path)
-    if image.mode not in ('1', 'L', 'P'):
-        raise models.DataError(f'cannot read {path} (mode {image.mode}): labels are single bytes')
+    if image.format != 'PNG' or image.mode not in ('1', 'L', 'P'):
+        raise models.DataError(f'cannot read {path} ({image.format}, mode {image.mode}): labels are '
+                               'PNGs of single bytes')
     label = torch.from_numpy(np.array(image, np.uint8))
     bits = path.read_bytes()[24]  # of a PNG's values
     if image.mode == 'L' and bits < 8:  # Pillow scales them up to 255
@@ -203,7 +204,7 @@ def read_classes(args, counts):
     classes = [names.get(value, f'class {value}') for value in range(first, first + number)]
     if not 2 <= number <= 254 or len(set(classes)) < number:
         raise SystemExit(f'{number} classes of {len(set(classes))} names: 2 to 254 are possible, '
-                         'none twice; see --nb_classes and --reduce_zero_label')
+                         'none twice, and 255 is ignored; see --nb_classes and --reduce_zero_label')
     return classes
 
 
@@ -252,7 +253,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
 def distort_colours(image):
     """mmsegmentation's photometric distortion of an image (3, H, W) uint8; a coin decides each step.
 
-    Brightness: + U(-32, 32); contrast, before or after the others: * U(0.5, 1.5); saturation in
+    Brightness: + U(-32, 32); contrast, before or after what follows: * U(0.5, 1.5); saturation in
     HSV: * U(0.5, 1.5); hue: + U(-18, 18) of 180. Rounded once, at the end.
     """
     def toss():
@@ -312,6 +313,7 @@ def build_data(args):
         unused += more
     counts, val_counts = torch.zeros(2, 256, dtype=torch.int64)
     if not args.eval:
+        print(f'reading {len(train_pairs) + len(val_pairs)} labels')
         counts, val_counts = count_labels(train_pairs, args), count_labels(val_pairs, args)
     classes = read_classes(args, counts + val_counts)
     left_out = f'; left out: {unused} labels without an image' if unused else ''

@@ -228,6 +228,38 @@ def test_positions_are_resized_as_plain_bicubic(tmp_path, old, args, new):
     torch.testing.assert_close(model.pos_embed[0, 1:], expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize('side', [64, 96])
+def test_a_table_without_a_class_row_gets_a_row_of_zeros(side, tmp_path, capsys):
+    """DeiT III adds positions to the patches alone and scales its layers: features of timm's network."""
+    sizes = {'img_size': 64, 'embed_dim': 32, 'depth': 2, 'num_heads': 2, 'init_values': 1}
+    oracle = timm.create_model('deit3_small_patch16_224', **sizes).eval()
+    assert oracle.pos_embed.shape == (1, 16, 32)
+    for block in oracle.blocks:
+        torch.nn.init.uniform_(block.ls1.gamma)
+        torch.nn.init.uniform_(block.ls2.gamma)
+    path, table = save(tmp_path, {'model': oracle.state_dict()}), oracle.pos_embed.detach()[0]
+    model = models.create_vit('vit_pico_patch16', 5, side).eval()
+    models.load_pretrained(model, path)
+    assert 'zero position for the class token' in capsys.readouterr().out
+    if side > 64:
+        oracle.set_input_size((side, side))
+        oracle.pos_embed.data = resized(table, (4, 4), (side // 16, side // 16))[None]
+    images = torch.randn(2, 3, side, side).double()
+    with torch.no_grad():
+        features = model.double().forward_features(images)
+        expected = oracle.double().forward_features(images)
+    torch.testing.assert_close(features, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize('name', ['reg_token', 'embeddings.register_tokens'])
+def test_register_tokens_are_refused_by_name(name, tmp_path):
+    """timm's and transformers' names."""
+    path = save(tmp_path, {**encoder(), name: random(1, 4, 32)})
+    for load in (models.load_pretrained, models.load_teacher):
+        with pytest.raises(SystemExit, match='file.pth has register tokens'):
+            load(models.create_vit('vit_pico_patch8', 5, 32), path)
+
+
 def test_both_tables_of_a_teacher_are_resized(tmp_path):
     state = full_mae()
     teacher = models.create_mae('mae_vit_pico_patch8', (24, 48))

@@ -4,24 +4,27 @@ Oracles are Pillow, pycocotools and torchvision used directly, or values worked 
 """
 import contextlib
 import io
+import itertools
 import json
 import math
+import re
 from types import SimpleNamespace
+from unicodedata import normalize
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-import torchvision
 from PIL import Image, ImageDraw
 from conftest import command, log_of, run
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
+from torchvision.ops import box_iou
 
 import models
 import specific_distill_det as det
+import toy_data
 
 SCORES = [f'test_{kind}_{name}' for kind in ('bbox', 'mask') for name in ('AP', 'AP50', 'AP75')]
 
@@ -153,14 +156,12 @@ def test_crops_start_anywhere_and_half_of_the_images_are_flipped():
 @pytest.mark.parametrize('flip', [False, True])
 def test_boxes_masks_and_labels_follow_the_crop_and_the_flip(flip, tmp_path, monkeypatch):
     """The part (10, 20, 20, 30) of 40 x 60 pixels, enlarged twice; labels count the sorted ids from 1."""
-    pixels = grey(40, 60, 0)
-    pixels[5:15, 25:35, 0] = 255
     things = [
         shape_thing(5, 2, [polygon((0, 0), (24, 0), (0, 14))], 40, 60),  # its box alone reaches the part
         box_thing(5, 7, 0, 0, 20, 40), box_thing(5, 2, 50, 10, 60, 30),  # they touch it
         box_thing(5, 7, 25, 5, 35, 15), box_thing(5, 90, 22, 12, 28, 20), box_thing(5, 2, 0, 0, 60, 40),
         box_thing(5, 90, 45, 25, 59, 39)]
-    files = write_set(tmp_path, {5: pixels}, things, ((90, 'last'), (2, 'first'), (7, 'middle')))
+    files = write_set(tmp_path, {5: grey(40, 60)}, things, ((90, 'last'), (2, 'first'), (7, 'middle')))
     monkeypatch.setattr(det, 'draw_jitter', lambda *_: ((10, 20, 20, 30), (40, 60), flip))
     image, target = dataset(*files)[0, 0]
     boxes = [[10, 0, 30, 10], [4, 4, 16, 20], [0, 0, 60, 40], [50, 30, 60, 40]]
@@ -168,15 +169,11 @@ def test_boxes_masks_and_labels_follow_the_crop_and_the_flip(flip, tmp_path, mon
         boxes = [[60 - x1, y0, 60 - x0, y1] for x0, y0, x1, y1 in boxes]
     masks = torch.zeros(4, 40, 60, dtype=torch.uint8)
     for mask, (x0, y0, x1, y1) in zip(masks, boxes):
-        mask[y0:y1, x0:x1] = 1
+        mask[y0:y1, x0:x1] = 255
     assert target['boxes'].tolist() == boxes
     assert target['labels'].tolist() == [2, 3, 1, 3]
     assert torch.equal(target['masks'], masks)
     assert image.dtype == torch.uint8 and image.shape == (3, 40, 60)
-    # the red rectangle, away from its blurred border
-    x0, y0, x1, y1 = boxes[0]
-    assert (image[0, y0:y1 - 2, x0 + 2:x1 - 2] == 255).all() and (image[0, y1 + 2:] == 0).all()
-    assert (image[0, :, :x0 - 2] == 0).all() and (image[0, :, x1 + 2:] == 0).all() and (image[1:] == 0).all()
 
 
 def test_a_crop_without_objects_gives_empty_targets(tmp_path, monkeypatch):
@@ -198,71 +195,107 @@ PAIR = [[(78.3, 55.2), (98.7, 57.1), (84.9, 80.6)], [(104.2, 84.3), (125.7, 50.9
 OUTLINES = {1: [STAR], 2: [BOX], 3: PAIR}  # by label
 
 
-@pytest.fixture(scope='module')
-def jittered(tmp_path_factory):
-    """(what was drawn, image, target) of many draws of one image, label k painted into colour channel k."""
-    pixels, things = np.zeros((90, 130, 3), np.uint8), []
-    for label, outlines in OUTLINES.items():
-        shape = [polygon(*outline) for outline in outlines]
-        pixels[..., label - 1] = 255 * whole_mask(shape, 90, 130)
-        things.append(shape_thing(3, 10 * label, shape, 90, 130))
-    folder = tmp_path_factory.mktemp('jittered')
-    files = write_set(folder, {3: pixels}, things, ((30, 'pair'), (10, 'star'), (20, 'box')))
-    drawn, draw = [], det.draw_jitter
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(det, 'draw_jitter', lambda *words: drawn.append(draw(*words)) or drawn[-1])
-        data = dataset(*files, size=96, jitter=(0.4, 2.6))
-        samples = [data[epoch, 0] for epoch in range(150)]
-    return list(zip(drawn, *zip(*samples), strict=True))
+def pillow_fills(outlines, size):
+    """255ths of each pixel inside polygons, on a grid 8 times as fine."""
+    fine = Image.new('L', (8 * size[1], 8 * size[0]))
+    for outline in outlines:
+        ImageDraw.Draw(fine).polygon((8 * np.array(outline)).ravel().tolist(), fill=255)
+    return np.asarray(fine.reduce(8)).astype(float)
 
 
-def grow(mask):
-    """The mask and two pixels around it."""
-    return F.max_pool2d(mask[None].float(), 5, stride=1, padding=2)[0] > 0
+def moved(outline, part, size, flip=False):
+    """An outline in the pixels of a crop that was resized, and mirrored."""
+    top, left, height, width = part
+    points = (np.array(outline) - (left, top)) * (size[1] / width, size[0] / height)
+    return points * (-1, 1) + (size[1], 0) if flip else points
 
 
-def test_masks_and_pixels_stay_aligned_through_many_draws(jittered):
-    """The pixels of an object's colour are those of its mask; no shift by a part of a pixel either."""
-    shifts = []
-    for (_, size, flip), image, target in jittered:
-        assert image.shape[1:] == size
-        for label, mask in zip(target['labels'].tolist(), target['masks'] > 0):
-            colour = image[label - 1] >= 128
-            assert not (mask & ~grow(colour)).any() and not (colour & ~grow(mask)).any()
-            if mask.sum() > 100:
-                assert (mask & colour).sum() / (mask | colour).sum() > 0.88
-                y, x = mask.nonzero().float().mean(0) - colour.nonzero().float().mean(0)
-                shifts.append((y.item(), -x.item() if flip else x.item()))
-    assert len(shifts) > 300
-    assert np.abs(np.mean(shifts, axis=0)).max() < 0.04
+def centre(weights):
+    y, x = np.indices(weights.shape)
+    return np.array([(weights * y).sum(), (weights * x).sum()]) / weights.sum()
 
 
-def test_masks_are_what_pillow_fills_at_the_new_size(jittered):
-    """Outlines moved, scaled and mirrored by hand, filled by another library on a grid 4 times as fine."""
-    compared = 0
-    for ((top, left, height, width), (new_height, new_width), flip), _, target in jittered:
-        for label, mask in zip(target['labels'].tolist(), target['masks'].numpy() > 0):
-            fine = Image.new('L', (4 * new_width, 4 * new_height))
-            for outline in OUTLINES[label]:
-                moved = (np.array(outline) - (left, top)) * (new_width / width, new_height / height)
-                if flip:
-                    moved[:, 0] = new_width - moved[:, 0]
-                ImageDraw.Draw(fine).polygon((4 * moved - 0.5).ravel().tolist(), fill=255)
-            expected = np.asarray(fine.reduce(4)) >= 128
-            if expected.sum() > 250:
-                compared += 1
-                assert (expected & mask).sum() / (expected | mask).sum() > 0.82
-    assert compared > 100
+def exact_box(outlines, part, size):
+    """Around what a crop shows: ends of the edges, cut at its border, and those of its corners inside."""
+    limits, found = np.array(size[::-1]), []
+    for outline in outlines:
+        start = moved(outline, part, size)
+        step = np.roll(start, -1, axis=0) - start  # no edge lies along an axis
+        shares = np.concatenate([-start / step, (limits - start) / step], axis=1).clip(0, 1)
+        points = (start[:, None] + shares[..., None] * step[:, None]).reshape(-1, 2)
+        found.append(points[((points > -1e-9) & (points < limits + 1e-9)).all(axis=1)])
+        for x, y in itertools.product((0, size[1]), (0, size[0])):
+            crossed = (start[:, 1] > y) != (start[:, 1] + step[:, 1] > y)
+            places = (start[:, 0] + (y - start[:, 1]) / step[:, 1] * step[:, 0])[crossed]
+            found += [[(x, y)]] if (places > x).sum() % 2 else []
+    found = np.concatenate(found)
+    return np.concatenate([found.min(axis=0), found.max(axis=0)]) if len(found) else np.zeros(4)
 
 
-def test_boxes_are_tight_around_their_masks_with_the_last_pixel_inside(jittered):
-    for _, _, target in jittered:
-        if len(target['masks']):
-            last_pixel_out = torchvision.ops.masks_to_boxes(target['masks'])
-            assert torch.equal(target['boxes'], last_pixel_out + torch.tensor([0, 0, 1, 1]))
-    corners = torch.zeros(2, 5, 7, dtype=torch.uint8)
-    corners[0, 4, 6] = corners[1, 0, 0] = 1
-    assert det.masks_to_boxes(corners).tolist() == [[6, 4, 7, 5], [0, 0, 1, 1]]
+def pixel_box(mask, part, size):
+    """Around the pixels that a crop shows, at its new size."""
+    top, left, height, width = part
+    y, x = mask[top:top + height, left:left + width].nonzero()
+    box = np.array([x.min(), y.min(), x.max() + 1, y.max() + 1]) if len(x) else np.zeros(4)
+    return box * np.tile((size[1] / width, size[0] / height), 2)
+
+
+@pytest.mark.parametrize('jitter', [0.1, 0.25, 0.5, 1, 2])
+def test_boxes_masks_and_pixels_are_those_of_what_a_crop_shows(jitter, tmp_path, monkeypatch):
+    """Boxes to an IoU of 0.99, masks as another library fills them at the new size, pixels without a shift.
+
+    Label k is painted into colour channel k; label 4 are run lengths.
+    """
+    shapes = {label: [polygon(*outline) for outline in outlines] for label, outlines in OUTLINES.items()}
+    blob, drawn, draw = np.zeros((90, 130), np.uint8), [], det.draw_jitter
+    blob[50:88, 30:60] = blob[70:76, 10:70] = 1
+    things = [shape_thing(3, label, shape, 90, 130) for label, shape in [*shapes.items(), (4, runs(blob))]]
+    pixels = np.dstack([pillow_fills(outlines, (90, 130)) for outlines in OUTLINES.values()]).astype(np.uint8)
+    files = write_set(tmp_path, {3: pixels}, things, ((3, 'pair'), (1, 'star'), (4, 'blob'), (2, 'box')))
+    monkeypatch.setattr(det, 'draw_jitter', lambda *words: drawn.append(draw(*words)) or drawn[-1])
+    data, ious, errors, shifts = dataset(*files, size=96, jitter=(jitter, jitter)), [], [], []
+    for epoch in range(100 if jitter > 1 else 6):
+        image, target = data[epoch, 0]
+        part, size, flip = drawn[-1]
+        assert image.shape[1:] == target['masks'].shape[1:] == size
+        places = {label: k for k, label in enumerate(target['labels'].tolist())}
+        for label in range(1, 5):
+            box = pixel_box(blob, part, size) if label == 4 else exact_box(OUTLINES[label], part, size)
+            if flip:
+                box[[0, 2]] = size[1] - box[[2, 0]]
+            if label not in places:
+                assert min(box[2:] - box[:2]) < 2
+                continue
+            k = places[label]
+            mask = target['masks'][k].numpy().astype(float)
+            ious.append(box_iou(target['boxes'][k:k + 1].double(), torch.from_numpy(box)[None]).item())
+            if label < 4 and mask.sum() > 50 * 255:
+                outlines = [moved(outline, part, size, flip) for outline in OUTLINES[label]]
+                expected = pillow_fills(outlines, size)
+                errors.append(np.abs(expected - mask).sum() / mask.sum())
+                y, x = centre(mask) - centre(image[label - 1].numpy())
+                shifts.append((y, -x if flip else x))
+    assert len(ious) >= 24 and min(ious) > 0.99
+    assert jitter < 0.5 or len(errors) >= 18
+    assert max(errors, default=0) < 0.1 and np.abs(np.mean(shifts or [(0, 0)], axis=0)).max() < 0.03
+
+
+# in a crop from (20, 10) to (50, 30), enlarged twice: polygons and the box of what is seen
+AT_THE_BORDER = {
+    'around the crop': ([rectangle(0, 0, 60, 40)], [0, 0, 60, 40]),
+    'as large as the crop': ([rectangle(20, 10, 50, 30)], [0, 0, 60, 40]),
+    'another part touches it': ([rectangle(22, 12, 26, 18), rectangle(9, 20, 20, 25)], [4, 4, 12, 16]),
+    # beyond the border the outline turns around a corner
+    'a hook': ([polygon((10, 4), (22, 4), (22, 6), (12, 6), (12, 16), (25, 16), (25, 18), (10, 18))],
+               [0, 12, 10, 16]),
+}
+
+
+@pytest.mark.parametrize('name', AT_THE_BORDER)
+def test_boxes_at_the_border_by_hand(name):
+    polygons, expected = AT_THE_BORDER[name]
+    mask, box = det.crop_object(polygons, (40, 60), (10, 20, 20, 30), (40, 60))
+    assert box.tolist() == pixel_box(mask, (0, 0, 40, 60), (40, 60)).tolist() == expected
 
 
 SHAPE = np.zeros((37, 53), np.uint8)
@@ -275,27 +308,44 @@ SEGMENTATIONS = {
 
 
 @pytest.mark.parametrize('name', SEGMENTATIONS)
-def test_a_decoded_crop_is_that_part_of_pycocotools_mask(name):
-    whole = whole_mask(SEGMENTATIONS[name], 37, 53)
-    assert np.array_equal(whole, SHAPE) or 'polygons' in name
-    for top, left, height, width in ((0, 0, 37, 53), (5, 9, 20, 31), (30, 45, 7, 8), (0, 20, 1, 1)):
-        crop = det.decode_mask(SEGMENTATIONS[name], (37, 53), top, left, height, width)
-        assert crop.dtype == np.uint8
-        assert np.array_equal(crop, whole[top:top + height, left:left + width])
+def test_a_crop_is_that_part_of_pycocotools_mask_and_pillow_resizes_run_lengths_so(name):
+    """In 255ths of a pixel; an object that leaves nothing at its new size is dropped."""
+    whole, are_runs = whole_mask(SEGMENTATIONS[name], 37, 53), 'lengths' in name
+    assert np.array_equal(whole, SHAPE) or not are_runs
+    for part in ((0, 0, 37, 53), (5, 9, 20, 31), (30, 45, 7, 8), (0, 20, 1, 1)):
+        top, left, height, width = part
+        seen = Image.fromarray(255 * whole[top:top + height, left:left + width])
+        for size in ((height, width), (height // 3 + 1, 2 * width)) if are_runs else ((height, width),):
+            mask, box = det.crop_object(SEGMENTATIONS[name], (37, 53), part, size)
+            if seen.getbbox():
+                assert box.tolist() == pixel_box(whole, part, size).tolist()
+                oracle = np.asarray(seen.resize(size[::-1], Image.Resampling.BILINEAR)).astype(int)
+                assert mask.dtype == np.uint8 and np.abs(mask - oracle).max() <= (size != part[2:])
+            else:
+                assert mask is box is None
+    speck = np.zeros((640, 640), np.uint8)
+    speck[300, 300] = 1
+    shape = runs(speck) if are_runs else [rectangle(300, 300, 301, 301)]
+    assert det.crop_object(shape, (640, 640), (0, 0, 640, 640), (20, 20)) == (None, None)
 
 
 # ---- what is read --------------------------------------------------------------------------------
 
 
 def test_annotations_get_ids_areas_and_crowd_flags_and_categories_are_sorted(tmp_path):
-    """A file's own ids do not matter: pycocotools takes a match with id 0 for none."""
-    things = [box_thing(4, 9, 2, 3, 12, 10, id=0, keypoints=[1, 2]), box_thing(4, 2, 0, 0, 5, 5, area=20.5),
+    """A file's own ids do not matter: pycocotools takes a match with id 0 for none. Points may be pairs."""
+    pairs = [[[2, 3], [12, 3], [12.0, 10], [2, 10]]]
+    things = [{**box_thing(4, 9, 2, 3, 12, 10, id=0, keypoints=[1, 2]), 'segmentation': pairs},
+              box_thing(4, 2, 0, 0, 5, 5, area=20.5),
               {**box_thing(4, 2, 0, 0, 30, 20, iscrowd=1), 'segmentation': runs(np.ones((20, 30)))}]
+    things += [box_thing(4, 9, 2, 3, 12, 10, iscrowd=flag) for flag in ('1', True, '0', False, None)]
     path, _ = write_set(tmp_path, {4: grey(20, 30)}, things, ((9, 'ant'), (2, 'bee')))
+    path.write_bytes(b'\xef\xbb\xbf' + path.read_bytes())  # Windows marks UTF-8 so
     coco, left_out = det.read_coco(path, is_train=False)
-    assert [entry['id'] for entry in coco['annotations']] == [1, 2, 3] and not left_out
-    assert [entry['area'] for entry in coco['annotations']] == [70, 20.5, 600]
-    assert [entry['iscrowd'] for entry in coco['annotations']] == [0, 0, 1]
+    assert [entry['id'] for entry in coco['annotations']] == list(range(1, 9)) and not left_out
+    assert [entry['area'] for entry in coco['annotations']] == [70, 20.5, 600, *[70] * 5]
+    assert [entry['iscrowd'] for entry in coco['annotations']] == [0, 0, 1, 1, 1, 0, 0, 0]
+    assert coco['annotations'][0]['segmentation'] == [rectangle(2, 3, 12, 10)]
     assert [(entry['id'], entry['name']) for entry in coco['categories']] == [(2, 'bee'), (9, 'ant')]
 
 
@@ -313,15 +363,67 @@ def test_what_cannot_be_trained_on_is_left_out_and_counted(tmp_path, capsys):
     train = dataset(*files, size=20, jitter=(1, 1))
     _, target = train[0, 0]
     assert len(train) == 1 and target['labels'].tolist() == [1, 2]
-    assert target['masks'].sum((1, 2)).tolist() == [7 * 8, 4 * 4]
+    assert (target['masks'] // 255).sum((1, 2)).tolist() == [7 * 8, 4 * 4]
     assert target['boxes'][:, 1::2].tolist() == [[3, 11], [4, 8]]
     loader, val_loader, coco, classes = det.build_data(build_args('--data_path', tmp_path))
     line = capsys.readouterr().out
-    assert '1 of 5 images' in line and '2 of 7 objects used' in line and '5 images to evaluate on' in line
+    train, val = line.split(' used, ')
+    assert '1 of 5 images' in train and '2 of 7 objects' in train
     for words in ('2 crowds', '2 without a polygon', '1 with an empty box'):
-        assert words in line
+        assert words in val.split(';')[0]
+    assert '5 images with 3 objects to evaluate on, left out: 2 without a polygon, 2 crowds' in val
     assert len(coco['annotations']) == 5 and classes == ['ant', 'bee']
     assert [target['image_id'] for _, targets in val_loader for target in targets] == [1, 2, 3, 4, 5]
+
+
+FORMS = {'corners': lambda x, y, width, height: [x, y, x + width, y + height],
+         'shares of the image': lambda *box: [value / 100 for value in box],
+         'negative': lambda x, y, width, height: [x, y, width, -height]}
+
+
+@pytest.mark.parametrize('form, odd, stops', [
+    ('corners', 150, True), ('shares of the image', 150, True), ('corners', 2, True), ('corners', 1, False),
+    ('negative', 1, True)])
+def test_boxes_in_another_form_stop_the_run_with_an_example(form, odd, stops, tmp_path):
+    """Of 150 objects 1 % may disagree with their segmentations; a negative side is named at once."""
+    things = [box_thing(1, 1, 40, 30 + k % 9, 60 + k % 7, 50 + k % 5, id=70 + k) for k in range(150)]
+    for thing in things[-odd:]:
+        thing['bbox'] = FORMS[form](*thing['bbox'])
+    path, _ = write_set(tmp_path, {1: grey(100, 100)}, things)
+    if not stops:
+        assert len(det.read_coco(path, is_train=True)[0]['annotations']) == 150
+        return
+    example = re.escape(f'annotation {220 - odd} has the box {things[-odd]["bbox"]}')
+    with pytest.raises(SystemExit, match=f'{example}.* x, y, width, height') as error:
+        det.read_coco(path, is_train=True)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize('orientation, frame', [(3, 'turned'), (6, 'turned'), (6, 'stored')])
+def test_an_image_is_turned_as_exif_says_unless_its_stored_size_alone_is_right(orientation, frame, tmp_path):
+    """3: by 180 degrees; 6: clockwise. It is read as the same picture without the tag."""
+    turned = np.random.default_rng(0).integers(0, 256, (48, 64, 3)).astype(np.uint8)
+    stored = np.rot90(turned, {3: 2, 6: 1}[orientation])
+    path, images = write_set(tmp_path, {1: turned if frame == 'turned' else stored}, [THING])
+    expected = [dataset(path, images, is_train)[0, 0][0] for is_train in (True, False)]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(stored).save(images / '1.png', exif=exif)
+    for is_train, image in zip((True, False), expected):
+        assert torch.equal(dataset(path, images, is_train)[0, 0][0], image)
+
+
+@pytest.mark.parametrize('stored, listed', [('NFC', 'NFD'), ('NFD', 'NFC')])
+def test_file_names_with_accents_are_found_in_either_unicode_form(stored, listed, tmp_path, monkeypatch):
+    """An accent may be a part of its letter or a character of its own; the folder may be a relative one."""
+    monkeypatch.chdir(tmp_path)
+    path, images = write_set(tmp_path, {1: grey(48, 64, 77)}, [THING])
+    name = 'Löcher/é.png'
+    (images / normalize(stored, name)).parent.mkdir()
+    (images / '1.png').rename(images / normalize(stored, name))
+    path.write_text(path.read_text().replace('1.png', normalize(listed, name)))
+    for folder in (images, 'train2017'):
+        assert (dataset(path, folder)[0, 0][0] == 77).all()
 
 
 @pytest.mark.parametrize('shape, expected', [((90, 130), (44, 64)), ((30, 20), (64, 43)), ((99, 1), (64, 1))])
@@ -348,8 +450,8 @@ THING, CROWD = box_thing(1, 1, 2, 2, 9, 9), box_thing(1, 1, 2, 2, 9, 9, iscrowd=
 SPLITS = {
     # objects and categories of both splits, what the line must say
     'other categories': (([THING], [ANT, BEE]), ([THING], [ANT]), 'train2017.json and .*val2017.json'),
-    'nothing to learn from': (([CROWD], [ANT]), ([THING], [ANT]), "train2017.json has no object.*'crowds'"),
-    'nothing to evaluate': (([THING], [ANT]), ([CROWD], [ANT]), 'val2017.json has no object to evaluate'),
+    'nothing to learn from': (([CROWD], [ANT]), ([THING], [ANT]), 'train2017.json has no object.* 1 crowds'),
+    'nothing to evaluate': (([THING], [ANT]), ([CROWD], [ANT]), 'val2017.json has no object.* 1 crowds'),
 }
 
 
@@ -439,7 +541,7 @@ class Oracle(nn.Module):
                 found.append(([x, y, x + w, y + h], EXAM_LABELS[entry['category_id']], 0.9 - 0.01 * k, part))
         if number == 42:
             found.append(([20, 30, 120, 150], 1, 0.99, np.ones((120, 100), np.uint8)))
-        if self.wrong == 'nothing' or (self.wrong == 'missing' and number in (70, 42)):
+        if self.wrong == 'nothing':
             found = []
         masks = [Image.fromarray(255 * part).resize((112, 112)) for *_, part in found]
         boxes = torch.tensor([box for box, *_ in found]).reshape(-1, 4).float()
@@ -483,7 +585,7 @@ def test_the_results_file_is_cocos_format_in_original_pixels(exam, tmp_path):
             evaluation.summarize()
             scores += (100 * evaluation.stats[:3]).tolist()
     assert [stats[name] for name in SCORES] == pytest.approx(scores, abs=1e-9)
-    assert 0 < stats['test_mask_AP50'] < 100
+    assert 0 < stats['test_mask_AP50'] < 50
     results = json.loads((tmp_path / 'results.json').read_text())
     assert len(results) == 9
     for entry in results:
@@ -491,13 +593,7 @@ def test_the_results_file_is_cocos_format_in_original_pixels(exam, tmp_path):
         assert entry['segmentation']['size'] == list(EXAM_SIZES[entry['image_id']])
 
 
-def test_objects_that_are_missed_or_shifted_cost_ap(exam, tmp_path):
-    """Discs are missed, one of two boxes is found: recall 0.5 at precision 1; both stars are."""
-    missing, _ = sit(exam, tmp_path / 'missing.json', 'missing')
-    for name in SCORES:
-        assert missing[name] == pytest.approx(100 * (0 + 51 / 101 + 1) / 3, rel=1e-6)
-    shifted, _ = sit(exam, tmp_path / 'shifted.json', 'shifted')
-    assert shifted['test_bbox_AP'] < 20 and shifted['test_mask_AP'] < 20
+def test_nothing_found_is_no_ap_and_an_empty_file(exam, tmp_path):
     nothing, _ = sit(exam, tmp_path / 'nothing.json', 'nothing')
     assert nothing == {**dict.fromkeys(SCORES, 0.0), 'test_images': 5}
     assert json.loads((tmp_path / 'nothing.json').read_text()) == []
@@ -515,6 +611,74 @@ def test_ap_of_a_small_case_by_hand():
     stats = det.average_precision(coco, det.to_results(detection, 1, (32, 64), (64, 64), [1]))
     for name in ('test_bbox_AP50', 'test_mask_AP50', 'test_bbox_AP'):
         assert stats[name] == pytest.approx(100 * (51 + 50 * 2 / 3) / 101)
+
+
+@pytest.mark.parametrize('kept', ['no list', 'nothing', 'crowds'])
+def test_without_objects_detections_are_written_and_compared_with_nothing(kept, exam, tmp_path, capsys):
+    """COCO's test-dev; without --results_json nothing would come of it."""
+    content = json.loads((exam / 'annotations/instances_val2017.json').read_text())
+    crowds = [entry for entry in content.pop('annotations') if entry['iscrowd']]
+    content |= {'no list': {}, 'nothing': {'annotations': []}, 'crowds': {'annotations': crowds}}[kept]
+    (tmp_path / 'info.json').write_text(json.dumps(content))
+    flags = '--data_path', exam, '--val_annotations', tmp_path / 'info.json', '--eval'
+    args = build_args(*flags, '--results_json', tmp_path / 'results.json')
+    _, loader, coco, _ = det.build_data(args)
+    assert '5 images with 0 objects to evaluate on' in capsys.readouterr().out
+    assert det.evaluate(Oracle(exam, None), loader, coco, torch.device('cpu'), args) == {}
+    [line] = capsys.readouterr().out.splitlines()
+    assert str(tmp_path / 'results.json') in line and 'compare' in line and 'AP' not in line
+    sit(exam, tmp_path / 'compared.json')
+    assert (tmp_path / 'results.json').read_text() == (tmp_path / 'compared.json').read_text()
+    with pytest.raises(SystemExit, match='info.json has no object to evaluate'):
+        det.build_data(build_args(*flags))
+
+
+def plain_paste(mask, box, size):
+    """At each pixel's centre, in float64: bilinear between the centres of a map's cells, zero around them."""
+    (x0, y0, x1, y1), side, values = box, len(mask), np.zeros(size)
+    for row, column in np.ndindex(*size):
+        u, v = (column + 0.5 - x0) / (x1 - x0) * side - 0.5, (row + 0.5 - y0) / (y1 - y0) * side - 0.5
+        for i, j in itertools.product((math.floor(v), math.floor(v) + 1), (math.floor(u), math.floor(u) + 1)):
+            if 0 <= i < side and 0 <= j < side:
+                values[row, column] += mask[i][j] * (1 - abs(v - i)) * (1 - abs(u - j))
+    return values
+
+
+@pytest.mark.parametrize('box', [
+    [3.3, 2.7, 24.1, 19.9], [-7.6, -4.2, 9.4, 30.8], [20.2, 10.5, 40.9, 23.0], [5.3, 6.2, 6.4, 6.9],
+    [0, 0, 31, 23], [-3, -2, 60, 40], [12.5, 4.5, 13.5, 20.5]])
+def test_masks_are_pasted_as_a_plain_loop_does(box):
+    """Inside the image and over its border, larger and smaller than a pixel."""
+    for mask in (torch.rand(28, 28, generator=torch.Generator().manual_seed(0)), torch.ones(28, 28)):
+        values = plain_paste(mask.tolist(), box, (23, 31))
+        pasted = det.paste_mask(mask, torch.tensor(box), (23, 31))
+        clear = np.abs(values - 0.5) > 1e-4
+        assert pasted.dtype == torch.uint8 and clear.mean() > 0.9
+        assert np.array_equal(pasted.numpy()[clear], values[clear] >= 0.5)
+
+
+def test_perfect_targets_make_94_percent_of_mask_ap(tmp_path, monkeypatch):
+    """Drawn scenes: the mask head's own targets, read from its gradient, as detections."""
+    words = f'--out {tmp_path} --only coco --scene_size 160 --scenes 12 --val_scenes 3 --seed 7'
+    toy_data.main(toy_data.get_args_parser().parse_args(words.split()))
+    path, draw, results = tmp_path / 'coco/annotations/instances_train2017.json', det.draw_jitter, []
+    monkeypatch.setattr(det, 'draw_jitter', lambda *words: (*draw(*words)[:2], False))
+    data = dataset(path, tmp_path / 'coco/train2017', size=250, jitter=(1, 1))
+    coco, _ = det.read_coco(path, is_train=True)
+    category_ids, used = [entry['id'] for entry in coco['categories']], set()
+    for entry in coco['annotations']:
+        used.add(entry['image_id'])
+    for number, image in enumerate(image for image in coco['images'] if image['id'] in used):
+        pixels, target = data[0, number]
+        chosen, labels = torch.arange(len(target['labels'])), target['labels']
+        logits = torch.zeros(len(labels), 1 + len(category_ids), 28, 28, requires_grad=True)
+        det.mask_loss(logits, [target['boxes']], [target['masks']], [labels], [chosen]).backward()
+        masks = logits.grad[chosen, labels] < 0  # where a larger logit is better
+        detection = {**target, 'scores': torch.ones(len(labels)), 'masks': masks[:, None].float()}
+        results += det.to_results(
+            detection, image['id'], pixels.shape[1:], (image['height'], image['width']), category_ids)
+    assert len(results) == len(coco['annotations']) > 30
+    assert det.average_precision(coco, results)['test_mask_AP'] >= 94
 
 
 @pytest.mark.parametrize('world_size', [2, 3, 7])

@@ -2,10 +2,12 @@
 
 ViTDet: Li et al., ECCV 2022, and detectron2, which holds its code.
 """
+import importlib.util
 import math
 from argparse import Namespace
 from functools import partial
 
+import numpy as np
 import pytest
 import timm.models
 import torch
@@ -16,6 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_sam import Attention, VisionTransformerSAM
 from timm.optim import create_optimizer_v2
 from torch import nn
+from torchvision.models.detection import roi_heads
 
 import models
 import specific_distill_det as det
@@ -70,7 +73,7 @@ def target_for(height, width, *boxes):
     """Boxes filled by their masks; labels 1, 2, 3, 1 ..."""
     masks = torch.zeros(len(boxes), height, width, dtype=torch.uint8)
     for mask, (x0, y0, x1, y1) in zip(masks, boxes):
-        mask[y0:y1, x0:x1] = 1
+        mask[y0:y1, x0:x1] = 255
     labels = torch.arange(len(boxes)) % len(CLASSES) + 1
     return {'boxes': torch.tensor(boxes).reshape(-1, 4).float(), 'labels': labels, 'masks': masks}
 
@@ -221,6 +224,64 @@ def test_every_parameter_gets_a_gradient(kind, adapters):
     for name, parameter in student.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
         assert kind != 'objects' or parameter.grad.abs().max() > 0, name
+
+
+def untouched_losses():
+    """torchvision's roi_heads once more: into the other the script has put its own losses."""
+    spec = importlib.util.spec_from_file_location('torchvision.models.detection.again', roi_heads.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def cell_weights(low, high, length, side):
+    """(length, side): of pixels in a box's cells, means over points a pixel apart or less, linear in between."""
+    count = math.ceil((high - low) / side)
+    points = low + (np.arange(side * count) + 0.5) * (high - low) / (side * count)
+    weights = [np.interp(points, np.arange(length) + 0.5, row) for row in np.eye(length)]
+    return np.reshape(weights, (length, side, count)).mean(axis=2)
+
+
+def plain_mask_targets(masks, boxes, matches, side):
+    """Detectron2's, in float64: 1 where the cell of a box is at least half covered."""
+    targets, (height, width) = torch.zeros(len(boxes), side, side), masks.shape[1:]
+    for target, (x0, y0, x1, y1), match in zip(targets, boxes.double().tolist(), matches.tolist()):
+        rows, columns = cell_weights(y0, y1, height, side), cell_weights(x0, x1, width, side)
+        cells = rows.T @ masks[match].numpy() @ columns
+        target[:] = torch.from_numpy(cells >= 127.5)
+    return targets
+
+
+def test_losses_are_torchvisions_with_l1_and_detectron2s_mask_targets(monkeypatch):
+    """In the whole detector, of the same regions: values and every gradient. ViTDet has no smooth L1."""
+    images, targets = objects()
+    for target in targets:  # of any share of a pixel
+        noise = torch.randint(0, 256, target['masks'].shape, generator=torch.Generator().manual_seed(1))
+        target['masks'] = torch.where(target['masks'] > 0, noise, 0).byte()
+    detector, results = filled(tiny_detector(), 3).train(), []
+    for ours in (True, False):
+        if not ours:
+            theirs = untouched_losses()
+            monkeypatch.setattr(theirs, 'project_masks_on_boxes', plain_mask_targets)
+            monkeypatch.setattr(roi_heads, 'fastrcnn_loss', theirs.fastrcnn_loss)
+            monkeypatch.setattr(roi_heads, 'maskrcnn_loss', theirs.maskrcnn_loss)
+            del detector.rpn.compute_loss  # back to its class's
+            monkeypatch.setattr(F, 'smooth_l1_loss', lambda *args, beta, **more: F.l1_loss(*args, **more))
+        torch.manual_seed(5)
+        detector.zero_grad()
+        losses, *_ = detector(images, targets)
+        sum(losses.values()).backward()
+        assert all(loss.item() > 1e-3 for loss in losses.values())
+        results.append([*losses.values(), *(parameter.grad for parameter in detector.parameters())])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_a_proposal_of_a_fraction_of_a_pixel_stays_and_an_empty_one_goes():
+    boxes = [[8, 9, 8, 30], [8, 9, 8.0001, 9.0001], [20, 20, 40, 40], [50, 5, 60, 5]]
+    [kept], _ = tiny_detector().eval().rpn.filter_proposals(
+        torch.tensor([boxes]), torch.tensor([[4.0], [3.0], [2.0], [1.0]]), [(64, 64)], [4])
+    assert torch.equal(kept, torch.tensor(boxes[1:3]))
 
 
 # ---- the backbone --------------------------------------------------------------------------------
@@ -627,21 +688,23 @@ def rate(t, total, warmup, lr):
     return lr * 0.1 ** ((t >= round(total * 8 / 9)) + (t >= round(total * 26 / 27)))
 
 
-@pytest.mark.parametrize('flags, total, warmup', [
-    ('', 184375, 250), ('--iterations 40 --warmup_iterations 9', 40, 9),
-    ('--iterations 20 --warmup_iterations 0', 20, 0)])
+@pytest.mark.parametrize('flags, total, warmup, decay', [
+    ('', 184375, 250, 0.1), ('--iterations 40 --warmup_iterations 9 --teacher_path a.pth', 40, 9, 0.05),
+    ('--iterations 20 --warmup_iterations 0 --teacher_path a.pth --weight_decay 0.2', 20, 0, 0.2)])
 def test_optimizer_and_schedule_that_main_builds_are_the_papers(
-        flags, total, warmup, data, tmp_path, monkeypatch):
-    """AdamW, lr 1e-4, decay 0.05; a tenth from 8/9 and a hundredth from 26/27 of the iterations."""
+        flags, total, warmup, decay, data, tmp_path, monkeypatch, capsys):
+    """AdamW, lr 1e-4; a tenth from 8/9, a hundredth from 26/27. Decay 0.1, with a teacher 0.05, or as told."""
     caught = []
+    monkeypatch.setattr(det, 'load_detector', lambda *args: tiny_detector())
     monkeypatch.setattr(det, 'train_one_epoch', lambda *args: caught.extend(args) or pytest.exit('caught'))
     with pytest.raises(pytest.exit.Exception):
         run(det, 'script', *f'{SIZES} --device cpu --num_workers 0 {flags}'.split(), '--output_dir', tmp_path,
             '--data_path', data / 'coco')
     _, teacher, _, optimizer, scheduler, *_, args = caught
-    assert teacher is None and type(optimizer) is torch.optim.AdamW
+    assert (teacher is None) == ('teacher' not in flags) and type(optimizer) is torch.optim.AdamW
     assert (args.distill_warmup, args.fpn_weight, args.head_weight) == (500, 0.001, 0.1)
-    assert {group['weight_decay'] for group in optimizer.param_groups} == {0.0, 0.05}
+    assert {group['weight_decay'] for group in optimizer.param_groups} == {0.0, decay}
+    assert f'weight decay {decay}\n' in capsys.readouterr().out
     scales = {group['lr_scale'] for group in optimizer.param_groups}
     assert sorted(scales) == pytest.approx([0.7 ** k for k in (3, 2, 1, 0)])
     steps = {0, 1, 124, 249, 250, total // 2, total - 1}

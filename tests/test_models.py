@@ -129,9 +129,9 @@ def test_position_tables_are_timms_with_quarters_permuted_and_fixed():
 
 
 def hugging_face(folder, kind='ViTMAEForPreTraining', size=(32, 32), **options):
-    """mae_vit_nano_patch8 of transformers with random weights, and its file in `folder`."""
+    """mae_vit_nano_patch8 of transformers, or its encoder, with random weights; its file in `folder`."""
     transformers = pytest.importorskip('transformers')
-    config = transformers.ViTMAEConfig(
+    config = (transformers.ViTMAEConfig if 'MAE' in kind else transformers.ViTConfig)(
         hidden_size=64, num_hidden_layers=4, num_attention_heads=2, intermediate_size=256,
         decoder_hidden_size=64, decoder_num_hidden_layers=2, decoder_num_attention_heads=4,
         decoder_intermediate_size=256, image_size=size, patch_size=8, layer_norm_eps=1e-6, **options)
@@ -140,10 +140,10 @@ def hugging_face(folder, kind='ViTMAEForPreTraining', size=(32, 32), **options):
     return oracle, folder / 'model.safetensors'
 
 
-@pytest.mark.parametrize('naming', ['today', 'version 4'])
+@pytest.mark.parametrize('naming', ['today', 'version 4', 'in memory'])
 @pytest.mark.parametrize('size', [(32, 32), (16, 64)])
 def test_mae_equals_transformers(tmp_path, size, naming):
-    """Mask, encoder, decoder states and pixels; its files load in both namings; non-square images, too."""
+    """Mask, encoder, decoder states and pixels; all its namings load; non-square images, too."""
     oracle, path = hugging_face(tmp_path, size=size)
     if naming == 'version 4':
         state = safetensors.torch.load_file(path)
@@ -151,6 +151,9 @@ def test_mae_equals_transformers(tmp_path, size, naming):
         path = tmp_path / 'pytorch_model.bin'
         old = {key.replace('decoder_encoder.layer.', 'decoder_layers.'): state[key] for key in state}
         torch.save(old, path)
+    if naming == 'in memory':  # version 5 renames them when it saves
+        path = tmp_path / 'state_dict.pth'
+        torch.save(oracle.state_dict(), path)
     model = models.create_mae('mae_vit_nano_patch8', size).double()
     model.load_state_dict(models.load_checkpoint(path))
     images, noise, states = images_for(2, *size).double(), noise_for(2, 16), []
@@ -193,6 +196,23 @@ def test_a_hugging_face_encoder_without_decoder_starts_stage_two(tmp_path):
     with torch.no_grad():  # rising noise: nothing is hidden and the order is kept
         expected = oracle(images, noise=rising).last_hidden_state
         torch.testing.assert_close(model.double().forward_features(images), expected, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize('in_memory', [False, True])
+def test_a_hugging_face_classifier_is_a_teacher_and_starts_stage_two(in_memory, tmp_path):
+    oracle, path = hugging_face(tmp_path, 'ViTForImageClassification', num_labels=3)
+    if in_memory:
+        path = tmp_path / 'state_dict.pth'
+        torch.save(oracle.state_dict(), path)
+    teacher = specific_distill_cls.load_classifier(path, 'vit_nano_patch8', 32, ['a', 'b', 'c']).double()
+    model = models.create_vit('vit_nano_patch8', 10, 32).eval()
+    models.load_pretrained(model, path)
+    images = images_for(2, 32, 32).double()
+    with torch.no_grad():
+        expected = oracle(images, output_hidden_states=True)
+        torch.testing.assert_close(teacher(images), expected.logits, atol=1e-6, rtol=0)
+        states = oracle.vit.layernorm(expected.hidden_states[-1])
+        torch.testing.assert_close(model.double().forward_features(images), states, atol=1e-6, rtol=0)
 
 
 def test_the_students_head_reads_the_last_decoder_block_without_a_norm():
@@ -403,27 +423,24 @@ def photograph(height=90, width=120, seed=0):
     return Image.fromarray(np.clip(smooth + rng.normal(0, 8, smooth.shape), 0, 255).astype(np.uint8))
 
 
-def test_any_kind_of_image_becomes_the_colours_that_were_drawn(tmp_path):
-    """16-bit grey is scaled, not clipped to white; transparency is dropped, from palettes too."""
-    deep = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
-    Image.fromarray(deep).save(tmp_path / 'deep.png')
-    pixels = np.asarray(models.read_rgb(tmp_path / 'deep.png')).astype(float)
-    assert pixels.shape == (8, 8, 3) and np.abs(pixels - deep[:, :, None] / 257).max() <= 1
-    colours = photograph(8, 8).quantize(16)
-    expected = np.asarray(colours.convert('RGB'))
-    colours.save(tmp_path / 'palette.png', transparency=3)
-    clear = photograph(8, 8)
-    clear.putalpha(40)
-    clear.save(tmp_path / 'clear.png')
-    assert np.array_equal(models.read_rgb(tmp_path / 'palette.png'), expected)
-    assert np.array_equal(models.read_rgb(tmp_path / 'clear.png'), photograph(8, 8))
-
-
-def test_an_unreadable_image_is_named(tmp_path):
-    photograph().save(tmp_path / 'cut.jpg')
-    (tmp_path / 'cut.jpg').write_bytes((tmp_path / 'cut.jpg').read_bytes()[:400])
-    with pytest.raises(models.DataError, match='cannot read .*cut.jpg'):
-        models.read_rgb(tmp_path / 'cut.jpg')
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_exif_turns_an_image_with_an_annotation_but_never_a_classifiers(orientation, tmp_path):
+    """Published accuracies come from the stored pixels, as torchvision and timm read them."""
+    seen = np.asarray(photograph(8, 12))
+    # EXIF: where the 0th row and column of the stored pixels are seen
+    stored = {1: seen, 2: seen[:, ::-1], 3: seen[::-1, ::-1], 4: seen[::-1], 5: seen.transpose(1, 0, 2),
+              6: np.rot90(seen), 7: seen[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90(seen, -1)}[orientation]
+    path, exif = tmp_path / 'train/cat/0.png', Image.Exif()
+    path.parent.mkdir(parents=True)
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif)
+    assert np.array_equal(models.read_rgb(path, (8, 12)), seen)
+    if stored.shape != seen.shape:  # an annotation of the stored frame keeps it
+        assert np.array_equal(models.read_rgb(path, (12, 8)), stored)
+    args = Namespace(data_set='folder', data_path=tmp_path)
+    image, _ = specific_distill_cls.open_dataset(args, 'train')[0]
+    assert np.array_equal(image, torchvision.datasets.folder.default_loader(path))
+    assert np.array_equal(image, stored)
 
 
 def test_bytes_are_normalised_as_torchvision_does_it():

@@ -274,6 +274,14 @@ def test_rate_share_of_data_and_time_left_count_the_device_as_work(monkeypatch, 
 # ---- errors --------------------------------------------------------------------------------------
 
 
+def draw_images(folder, places):
+    """Two small images in each of the places."""
+    for place in places.split():
+        (folder / place).mkdir(parents=True)
+        for name in '01':
+            Image.new('RGB', (16, 16)).save(folder / place / f'{name}.png')
+
+
 @pytest.fixture(scope='session')
 def files(data, chain, tmp_path_factory):
     """What goes wrong for users, {name: path}: broken files, wrong ones, and the checkpoints of the chain."""
@@ -284,13 +292,13 @@ def files(data, chain, tmp_path_factory):
     torch.save({'model': whole, 'code': pytest.fail}, folder / 'code.pth')
     torch.save(checkpoint_of(chain.folder / 'teacher')['model'], folder / 'bare.pth')
     (folder / 'truncated.pth').write_bytes(chain.paths['mae'].read_bytes()[:-5000])
+    for split, name in ('train', 'bee'), ('val', 'cat'):
+        draw_images(folder, f'two/{split}/ant two/{split}/bee unequal/{split}/ant unequal/{split}/{name} '
+                            f'one/{split}/ant')
+    draw_images(folder, 'no_val/train/ant empty/val/ant')
+    for place in ('no_val/val/ant', 'empty/train/ant'):
+        (folder / place).mkdir(parents=True)
     for split in ('train', 'val'):
-        odd = 'bee' if split == 'train' else 'cat'
-        for place in ('two/{}/ant', 'two/{}/bee', 'unequal/{}/ant', f'unequal/{{}}/{odd}', 'empty/{}/ant'):
-            place = folder / place.format(split)
-            place.mkdir(parents=True)
-            if 'empty' not in str(place.relative_to(folder)):
-                Image.new('RGB', (16, 16)).save(place / '0.png')
         content = json.loads((data / f'coco/annotations/instances_{split}2017.json').read_text())
         content['categories'][0]['name'] = 'disc'
         (folder / f'{split}.json').write_text(json.dumps(content))
@@ -324,6 +332,8 @@ ERRORS = {
     'train and val differ': (CLS, '--data_path {files}/unequal', "different classes.*'bee'"),
     'an odd batch with mixup': (CLS, '--batch_size 7', '--mixup 0 --cutmix 0'),
     'classes without images': (CLS, '--data_path {files}/empty', 'no valid file.*ant'),
+    'nothing to evaluate on': (CLS, '--data_path {files}/no_val', 'val/ holds no image'),
+    'one class': (CLS, '--data_path {files}/one', 'one folder, ant'),
     'no CIFAR': (CLS, '--data_set CIFAR10', 'holds no CIFAR10.*download=True'),
     'fewer images than a batch': (CLS, '--accum_iter 8', '48 images, fewer than one batch of 64'),
     'evaluation of nothing': (CLS, '--eval', '--eval needs --resume'),
@@ -517,6 +527,7 @@ GREY = COLOURS[..., :1].repeat(3, axis=2)
 DEEP = np.linspace(0, 65535, 54).round().astype(np.uint16).reshape(6, 9)  # nearly all above 255
 PALETTE = Image.fromarray(COLOURS[..., 0] % 3)
 PALETTE.putpalette([255, 0, 0, 0, 255, 0, 7, 8, 9])
+PALETTE.info['transparency'] = 1
 INKS = np.dstack([COLOURS, np.zeros((6, 9), np.uint8)])  # without black: what is left of white
 IMAGES = {
     # kind: image, format, the colours that were drawn
@@ -532,10 +543,57 @@ IMAGES = {
 
 @pytest.mark.parametrize('kind', IMAGES)
 def test_any_kind_of_image_becomes_the_colours_that_were_drawn(kind, tmp_path):
-    """Any mode becomes RGB; 16 bits are scaled, where Pillow alone would clip them to white."""
+    """Any mode becomes RGB, without transparency; 16 bits are scaled, where Pillow would clip to white."""
     image, suffix, expected = IMAGES[kind]
     image.save(tmp_path / 'image', suffix)
     assert np.abs(np.asarray(models.read_rgb(tmp_path / 'image')).astype(float) - expected).max() <= 1
+
+
+ADE20K = 'images/training images/validation annotations/training annotations/validation'
+FOLDERS = {
+    # what --data_path is: folders of two images each, the one that is given, what is read or said
+    'train next to val': ('train/ant train/bee/black val/ant', '', '4 images of {}/train,'),
+    'nested': ('a/b c d/e/f', '', '6 images of {},'),
+    'names that begin like val and test': ('valley testament', '', '4 images of {},'),
+    'a split': (ADE20K, 'images/training', '2 images of {}/images/training,'),
+    'COCO': ('train2017 val2017 annotations', '', 'holds annotations/, too: give {}/train2017$'),
+    'COCO without annotations': ('train2017 val2017', '', 'holds val2017/, too: give {}/train2017$'),
+    'ADE20K': (ADE20K, '', 'holds annotations/, too: give {}/images/training$'),
+    'images of ADE20K': (ADE20K, 'images', 'holds validation/, too: give {}/images/training$'),
+    'splits below images': ('images/train images/val', '', 'holds images/val/, too: give {}/images/train$'),
+    'images and labels': ('images Annotations', '', 'holds Annotations/, too: give {}/images$'),
+    'test alone': ('birds test', '', 'holds test/, too: give the folder of the training images$'),
+}
+
+
+@pytest.mark.parametrize('case', FOLDERS)
+def test_stage_1_reads_a_folder_whole_but_no_validation_images_and_no_labels(case, tmp_path, capsys):
+    """One that holds more than training images is refused with the folder to give."""
+    places, given, message = FOLDERS[case]
+    draw_images(tmp_path, places)
+    try:
+        words = command(GENERIC, tmp_path, tmp_path / 'out', f'--data_path {tmp_path / given} --batch_size 2')
+        args = GENERIC.get_args_parser().parse_args(words[1:])
+        vars(args).update(rank=0, world_size=1, distributed=False)
+        GENERIC.build_data(args, 4)
+        line = capsys.readouterr().out
+    except SystemExit as error:
+        line = error.code
+    assert re.search(message.format(tmp_path), line) and len(line.splitlines()) == 1
+
+
+def test_a_class_may_lack_images_in_val_and_a_hidden_folder_is_named(tmp_path, capsys):
+    """A file browser's folder beside eleven classes, too many to be named."""
+    names = '.ipynb_checkpoints a b c d e f g h i j k'.split()
+    for split in ('train', 'val'):
+        draw_images(tmp_path / 'imagenet' / split, ' '.join(names))
+    for path in (tmp_path / 'imagenet/val/k').iterdir():
+        path.unlink()
+    train(CLS, tmp_path, tmp_path / 'out')
+    assert re.search(r'22 to evaluate on, 12 classes: \.ipynb_checkpoints$', capsys.readouterr().out, re.M)
+    assert log_of(tmp_path / 'out')[-1]['test_images'] == 22
+    stats = evaluate_alone(CLS, tmp_path, tmp_path / 'out/checkpoint.pth')
+    assert stats['test_images'] == 22 and 'k' in checkpoint_of(tmp_path / 'out')['classes']
 
 
 @EPOCH_SCRIPTS

@@ -119,7 +119,8 @@ CLASSES = {
     'objectInfo150.txt': ({'objectInfo150.txt': OBJECT_INFO}, [], [1], [1], ['wall', 'door; double door']),
     'both files': ({'classes.txt': '1 sky\n', 'objectInfo150.txt': OBJECT_INFO}, [], [1], [1],
                    ['wall', 'door; double door']),
-    'classes.txt': ({'classes.txt': '3\troad\n\n 1  wet sky\n'}, [], [1], [1], ['wet sky', 'class 2', 'road']),
+    'classes.txt': ({'classes.txt': '3\troad\n\n 1  wet sky\n'}, [], [1], [1],
+                    ['wet sky', 'class 2', 'road']),
     'from Windows': ({'classes.txt': '\ufeff0 trottoir mouillé\r\n1 road\r\n'}, [FROM_0], [1], [1],
                      ['trottoir mouillé', 'road']),  # with a byte order mark
     'a file and the flag': ({'classes.txt': '1 sky\n2 road\n3 sea\n'}, ['--nb_classes', 2], [1], [1],
@@ -162,11 +163,16 @@ def test_processes_and_their_workers_count_each_pixel_once(workers, tmp_path, mo
     """Two processes together see what a plain loop over the labels counts."""
     labels, shares = [random_bytes(5, high, high=high) for high in range(2, 257, 6)], []
     pairs = [write_pair(tmp_path, label, label, str(k)) for k, label in enumerate(labels)]
-    monkeypatch.setattr(torch.distributed, 'all_reduce', lambda counts: shares.append(counts.clone()))
+
+    def all_reduce(counts):
+        shares.append(counts.clone())
+        counts.fill_(7)
+
+    monkeypatch.setattr(torch.distributed, 'all_reduce', all_reduce)
     for rank in range(2):
         args = run_args('--num_workers', workers, rank=rank, world_size=2)
         args.distributed = True
-        seg.count_labels(pairs, args)
+        assert seg.count_labels(pairs, args).tolist() == [7] * 256
     expected = np.zeros(256, int)
     for value in np.concatenate(labels, axis=1).ravel().tolist():
         expected[255 if value in (0, 255) else value - 1] += 1
@@ -226,8 +232,8 @@ def test_the_data_line_tells_what_is_used_and_what_is_left_out(tmp_path, capsys)
     seg.build_data(run_args('--data_path', tmp_path))
     lines = capsys.readouterr().out.splitlines()[-2:]
     assert lines == [  # 445 of 480 pixels are 0
-        f'data: 2 training images, 1 to evaluate on, in {tmp_path}; 3 classes: class 1, class 2, class 3; left '
-        'out: 2 labels without an image',
+        f'data: 2 training images, 1 to evaluate on, in {tmp_path}; 3 classes: class 1, class 2, class 3; '
+        'left out: 2 labels without an image',
         'labels: 92.7% of the training pixels are ignored; classes without a pixel: class 2']
     seg.build_data(run_args('--data_path', tmp_path, FROM_0, '--nb_classes', 4))
     assert re.search('labels: 0.0% .* without a pixel: class 2$', capsys.readouterr().out)

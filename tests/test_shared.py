@@ -43,7 +43,7 @@ PAPER_DEFAULTS = {
     'lr': {G: None, CLS: None, DET: 1e-4, SEG: None},  # SEG: by the network's size
     'min_lr': {G: 2.5e-6, PIXEL: 0.0, CLS: 1e-6, FINETUNE: 1e-6},
     'layer_decay': {CLS: 1.0, FINETUNE: 0.75, DET: 0.7, SEG: 0.75},
-    'weight_decay': {G: 0.05, CLS: 0.05, DET: 0.05, SEG: 0.05},
+    'weight_decay': {G: 0.05, CLS: 0.05, DET: None, SEG: 0.05},  # DET: 0.1, with a teacher 0.05
     'clip_grad': {G: None, CLS: None, DET: None, SEG: None},
     'aux_weight': {SEG: 0.4},
     # augmentation

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from PIL import Image, ImageColor, ImageFont, ImageOps
+from PIL import Image, ImageColor, ImageFont
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.ops import box_convert
 from torchvision.transforms.v2 import InterpolationMode
@@ -56,16 +56,12 @@ def list_images(words):
 
 
 def read_image(path, size=None):
-    """Image file -> RGB image, turned by its EXIF orientation.
-
-    size: (width, height) in its annotations; it is not turned if they fit the stored pixels alone.
-    """
-    stored = models.read_rgb(path)
-    image = ImageOps.exif_transpose(stored)
-    if size not in (None, image.size, stored.size):
-        raise models.DataError(f'{path} is {image.width} wide and {image.height} high, its '
+    """Image file -> RGB image, turned by its EXIF orientation; size: see `models.read_rgb`."""
+    image = models.read_rgb(path, size or ())
+    if size and tuple(size) != image.size[::-1]:
+        raise models.DataError(f'{path} is {image.height} high and {image.width} wide, its '
                                f'annotations say {size[0]} and {size[1]}: mend the annotations')
-    return image if size in (None, image.size) else stored
+    return image
 
 
 def check_out(out, inputs):
@@ -192,7 +188,7 @@ def show_classes(args, paths):
 
 
 def find_truth(coco, path):
-    """`read_coco`'s annotations -> (width, height) of an image, its objects by class from 0."""
+    """`read_coco`'s annotations -> (height, width) of an image, its objects by class from 0."""
     name = path.absolute().as_posix()
     images = [entry for entry in coco['images'] if name.endswith(f'/{entry["file_name"]}')]
     if len(images) != 1:
@@ -200,11 +196,12 @@ def find_truth(coco, path):
     numbers = {entry['id']: k for k, entry in enumerate(coco['categories'])}
     objects = [{**entry, 'category_id': numbers[entry['category_id']]}
                for entry in coco['annotations'] if entry['image_id'] == images[0]['id']]
-    return (images[0]['width'], images[0]['height']), objects
+    return (images[0]['height'], images[0]['width']), objects
 
 
 def draw_coco(image, objects, classes):
     """`draw_objects` of COCO's format, with classes from 0 as `category_id`."""
+    from pycocotools.coco import COCO  # classifiers do without it
     size, names, colours = image.shape[1:], [], []
     for entry in objects:
         score = f' {entry["score"]:.2f}' if 'score' in entry else ''
@@ -212,9 +209,9 @@ def draw_coco(image, objects, classes):
         colours.append(class_colour(entry['category_id']))
     boxes = torch.tensor([entry['bbox'] for entry in objects]).reshape(-1, 4)
     # generators: a hundred masks of a large photograph take gigabytes
-    masks = (specific_distill_det.decode_mask(entry['segmentation'], size, 0, 0, *size)
-             for entry in objects)
-    masks = (torch.from_numpy(mask).bool() for mask in masks)
+    coco = COCO()
+    coco.imgs = {entry['image_id']: dict(zip(('height', 'width'), size)) for entry in objects}
+    masks = (torch.from_numpy(coco.annToMask(entry)).bool() for entry in objects)
     return draw_objects(image, box_convert(boxes, 'xywh', 'xyxy'), masks, names, colours)
 
 
@@ -284,7 +281,7 @@ def show_segments(args, paths, trained, classes):
         true, size = None, None
         if true_files:
             true = specific_distill_seg.read_label(true_files[number], trained.reduce_zero_label)
-            size = true.shape[::-1]
+            size = true.shape
         image = pil_to_tensor(read_image(path, size))
         labels = segment(model, image, trained.input_size[0])
         file.parent.mkdir(exist_ok=True)

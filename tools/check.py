@@ -1,0 +1,288 @@
+"""Is my data, is my teacher right? Reads everything once, before training, and says what is wrong.
+
+Flags are those of the training command: what --help does not list is the stage's own.
+Prints what there is of each class, how well a stage-1 teacher reconstructs, then findings with their
+number, advice and an example. An error ends training, or makes it learn something else than meant
+(exit status 1), a warning may, a note is unusual but dealt with.
+Writes --out: training samples as they are read and, below, as they are augmented; nothing else.
+Run:  python tools/check.py --stage det --data_path COCO --num_workers 16
+      python tools/check.py --stage generic --data_path IMAGENET --teacher_path mae.pth
+"""
+import argparse
+import contextlib
+import copy
+import hashlib
+import importlib
+import os
+import sys
+import tempfile
+from collections import Counter, defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from unittest.mock import Mock, patch
+
+import torch
+from PIL.ExifTags import Base
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.transforms.v2.functional import InterpolationMode, pil_to_tensor, resize
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import models
+import predict
+from benchmark import SCRIPTS, Measured
+from visualize import to_pixels
+
+LEVELS = ('error', 'warning', 'note')
+COLUMNS = 8  # of the picture
+
+
+class Findings(dict):
+    """(level, text) -> [count, example]; (split, class) -> [what it has of it, first file]."""
+
+    def add(self, key, text, example='', count=1):
+        self.setdefault((key, text), [0, example])[0] += count
+
+    def count(self, key, text):
+        return self.get((key, text), [0])[0]
+
+    def pixels(self, split):
+        return torch.tensor([self.count(split, value) for value in range(256)])
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def list_images(folder):
+    """The images in and below a folder."""
+    return [Path(path) for path, _ in make_dataset(folder, {'': 0}, IMG_EXTENSIONS, allow_empty=True)]
+
+
+def list_items(script, args, split, findings):
+    """[(image file, split, what belongs to it)]; ends the program where the stage does.
+
+    To an image belong in detection its entry and those of its objects, in segmentation its label.
+    """
+    if args.stage == 'seg':
+        pairs, unused = script.list_pairs(args.data_path, split)
+        findings.add('warning', 'labels without an image: not read', split, unused)
+        return [(image, split, label) for image, label in pairs]
+    if args.stage == 'det':
+        path, folder = script.coco_paths(args, split)
+        coco, left_out = script.read_coco(path, split == 'train')
+        script.CocoDataset(coco, folder, args, is_train=False)  # finds names with accents
+        for reason, count in left_out.items():
+            level = 'note' if reason == 'crowds' else 'warning'
+            findings.add(level, f'objects {reason}: left out', path, count)
+        for kind in ('images', 'categories'):
+            numbers = [entry['id'] for entry in coco[kind]]
+            findings.add('error', f'ids of {kind} that stand twice', path, len(numbers) - len({*numbers}))
+        names, objects = {entry['id']: entry['name'] for entry in coco['categories']}, defaultdict(list)
+        for entry in coco['annotations']:
+            objects[entry['image_id']].append(entry)
+            findings.add(split, names[entry['category_id']], path)
+        files = [Path(folder, image['file_name']) for image in coco['images']]
+        for file in sorted({*list_images(folder)} - {*files}):
+            findings.add('note', 'images that the annotations do not list: not read', file)
+        return [(file, split, (image, objects[image['id']]))
+                for file, image in zip(files, coco['images'])]
+    folder = Path(args.data_path or 'none')
+    if args.stage == 'cls' or (folder / split).is_dir():
+        folder = folder / split
+    for path in list_images(folder):
+        parts = path.relative_to(folder).parts
+        findings.add(split, parts[0], path)
+        if any(part.startswith('.') for part in parts):
+            findings.add('error', 'hidden images, or of a hidden class: remove them', path)
+    return [(path, split, None) for path in list_images(folder)]
+
+
+def inspect(script, args, path, split, truth):
+    """Yields (level, text) of what is unusual, and what `Findings` shall hold of split and file."""
+    image = models.open_image(path)
+    size, turned = image.size[::-1], image.getexif().get(Base.Orientation, 1)
+    sizes = size, (image.size if turned > 4 else size)
+    if image.mode != 'RGB':
+        yield 'note', f'images of mode {image.mode}: made RGB, 16-bit values divided by 256'
+    if turned > 1 and args.stage in ('det', 'seg'):
+        yield 'note', 'images turned as EXIF tells, unless only the stored size fits'
+    elif turned > 1:
+        yield 'warning', 'images not turned as EXIF tells: mogrify -auto-orient'
+    if args.stage == 'det':
+        from pycocotools.mask import iou  # the other stages do without it
+        size = truth[0]['height'], truth[0]['width']
+        for entry in truth[1]:
+            x, y, w, h = entry['bbox']
+            if min(x, y) < -1 or x + w > size[1] + 1 or y + h > size[0] + 1:
+                yield 'warning', 'boxes that leave the image'
+            around = script.segmentation_box(entry['segmentation'])
+            if around[2] * around[3] < 10:
+                yield 'warning', 'empty or tiny segmentations, of less than 10 pixels'
+            elif iou([entry['bbox']], [around], [0])[0, 0] < 0.5:
+                yield 'warning', 'boxes unlike their segmentations: x, y, width, height?'
+    if args.stage == 'seg':
+        label = script.read_label(truth, args.reduce_zero_label)
+        size = tuple(label.shape)
+        yield from ((split, *pair) for pair in enumerate(label.flatten().bincount().tolist()))
+    if size not in sizes:
+        yield 'error', 'images of another size than their annotations: mend one or remove both'
+    yield f'file of {split}', hashlib.blake2b(path.read_bytes(), digest_size=8).digest()
+
+
+def read_item(args, item):
+    """Arguments of `Findings.add` about an image file and what belongs to it."""
+    script, path = importlib.import_module(SCRIPTS[args.stage]), item[0]
+    try:
+        return [(key, text, path, *count) for key, text, *count in inspect(script, args, *item)]
+    except Exception as error:  # decoders raise nearly anything
+        reason = type(error.__cause__ or error).__name__
+        return [('error', f'unreadable files ({reason}): repair or remove', error)]
+
+
+def rehearse(script, args, findings):
+    """Runs the stage's main() up to its first epoch; a message that ends it before is a finding.
+
+    Returns (training loader, class names, teacher); None or nothing where it did not come so far.
+    """
+    seen, build, stop = [], script.build_data, Mock(side_effect=Measured)
+    replaced = {
+        'build_data': lambda *inputs: seen.append(build(*inputs)) or seen[0],
+        'count_labels': lambda pairs, _: findings.pixels(pairs[0][0].parent.name),  # have been read
+        'train_one_epoch': stop, 'evaluate': stop}
+    with tempfile.TemporaryDirectory() as args.output_dir, open(os.devnull, 'w') as silence, \
+            contextlib.redirect_stdout(silence), patch.multiple(script, create=True, **replaced):
+        try:
+            script.main(args)
+        except (Measured, models.DataError):
+            pass  # bad files have been found
+        except SystemExit as error:
+            findings.add('error', str(error))
+    data = (*seen, None)[0]
+    loader, *_, classes = data if isinstance(data, tuple) else (data, [])
+    return loader, classes, stop.called and stop.call_args.args[1]
+
+
+def report(args, splits, classes, findings):
+    """Prints what there is of each class; adds what is found only after all files are read."""
+    keys = range(len(classes)) if args.stage == 'seg' else classes
+    for split, level in zip(splits, LEVELS[1:]):
+        counts = {name: findings.count(split, key) for name, key in zip(classes, keys)}
+        print(f'{split}:', ', '.join(f'{name} {count}' for name, count in counts.items())[:2000])
+        for name in [name for name in classes if not counts[name]]:
+            findings.add(level, f'classes of which {split} has nothing', name)
+    for (key, text), (count, path) in list(findings.items()):
+        twin = findings.get((f'file of {splits[0]}', text))
+        if key == f'file of {splits[-1]}' and twin and twin[1] != path:
+            findings.add('warning', 'validation images that stand in training, the same bytes',
+                         f'{path} and {twin[1]}', count)
+        if classes and key in splits and text not in keys and text != 255:
+            findings.add('error', f'pixels labelled beyond the {len(classes)} classes: --nb_classes, '
+                         '--reduce_zero_label?', f'{path}: {text}', count)
+
+
+def take_samples(dataset, count):
+    """Samples spread over a data set, without unreadable ones."""
+    for index in torch.linspace(0, len(dataset) - 1, count).int().unique().tolist():
+        with contextlib.suppress(models.DataError):
+            yield dataset[0, index]
+
+
+@torch.no_grad()
+def check_mae(script, args, teacher, dataset, findings):
+    """Prints the loss of a stage-1 teacher; a finding if its decoder has not learnt such images."""
+    images, noise = zip(*(image for image, _ in take_samples(dataset, 32)))
+    images = models.normalise(torch.stack(images))
+    masking = models.random_masking(torch.stack(noise), args.mask_ratio)
+    untrained, pixels = copy.deepcopy(teacher), teacher.patchify(images)
+    start = models.create_mae(args.teacher_model, args.input_size).state_dict()
+    start = {name: value for name, value in start.items() if name.startswith(('decoder', 'mask_'))}
+    untrained.load_state_dict(start, strict=False)
+    preds, shares = [network(images, masking) for network in (teacher, untrained)], []
+    for norm, space in ((True, 'normalised'), (False, 'plain')):
+        constant = torch.zeros_like(pixels) if norm else pixels.mean((0, 1)).expand_as(pixels)
+        losses = [script.pixel_loss(pred, pixels, masking.mask, norm) for pred in (*preds, constant)]
+        print('teacher, {} pixels of hidden patches: loss {:.3f}, of an untrained decoder {:.3f}, '
+              'of the best constant {:.3f}'.format(space, *losses))
+        shares.append(losses[0] / losses[2])
+    if not min(shares) < 0.95:  # a sound decoder of small images may be at 0.9
+        findings.add('error', 'the teacher reconstructs no better than a constant', args.teacher_path)
+
+
+def draw(stage, image, truth, classes, legend):
+    """A sample of the stage's data set -> its picture; adds its classes to the legend."""
+    palette = [predict.class_colour(k) for k in range(len(classes))]
+    if stage == 'generic':
+        return predict.fit(image[0] if isinstance(image, tuple) else image)
+    if stage == 'seg':
+        image = torch.from_numpy(to_pixels(image[None])[0]).permute(2, 0, 1)
+        truth = resize(truth[None], image.shape[1:], InterpolationMode.NEAREST_EXACT)[0]
+        legend |= {classes[k]: palette[k] for k in truth.unique().tolist() if k < len(classes)}
+        return predict.draw_labels(image, truth, palette)
+    if stage == 'cls':  # a frame with the name
+        frame = torch.tensor([[0, 0, *image.shape[:0:-1]]])
+        truth = {'boxes': frame, 'labels': frame[:, 0] + truth + 1, 'masks': image[:0]}
+    own = [(classes[k - 1], palette[k - 1]) for k in truth['labels'].tolist()]
+    legend |= own
+    names, colours = zip(*own) if own else ((), ())
+    return predict.draw_objects(image, truth['boxes'], truth['masks'] > 127, list(names), list(colours))
+
+
+def draw_sheet(script, args, augmented, classes, out):
+    """Rows of training samples, each above them augmented."""
+    plain, legend, panels = copy.copy(augmented), {}, []
+    plain.dataset = copy.copy(plain.dataset)
+    plain.dataset.transform, plain.dataset.is_train = pil_to_tensor, args.stage == 'det'
+    no_jitter = Mock(side_effect=lambda *size: ((0, 0, *size[:2]), size[:2], False))  # detection
+    with patch.object(script, 'draw_jitter', no_jitter, create=True):
+        rows = [list(take_samples(plain, 2 * COLUMNS))]
+    rows.append(list(take_samples(augmented, 2 * COLUMNS)))
+    for start in range(0, len(rows[0]), COLUMNS):
+        for samples, caption in zip(rows, ('as read', 'augmented')):
+            for number, sample in enumerate(samples[start:start + COLUMNS], start + 1):
+                panels.append((draw(args.stage, *sample, classes, legend), f'{number}, {caption}'))
+    predict.save_grid(out, panels, min(COLUMNS, len(rows[0])), legend.items())
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser(
+        description='finds mistakes in data and teachers before training', allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('--stage', choices=SCRIPTS, required=True, help='whose data it is')
+    parser.add_argument('--out', type=Path, default=Path('check.png'), help='picture to write')
+    return parser
+
+
+def main(options, words):
+    """Returns the exit status."""
+    predict.check_out(options.out, [])
+    script, findings, items = importlib.import_module(SCRIPTS[options.stage]), Findings(), []
+    sys.argv[1:] = words
+    args = script.parse_args(script.get_args_parser())
+    args.stage, args.device, args.batch_size, args.accum_iter = options.stage, 'cpu', 2, 1
+    splits = [getattr(args, f'{split}_split', split) for split in ('train', 'val')]
+    if args.stage == 'generic':
+        splits, args.target = splits[:1], args.target if args.teacher_path else 'pixel'
+    for split in splits:
+        with contextlib.suppress(SystemExit):  # `rehearse` meets it, too
+            items += list_items(script, args, split, findings)
+    with ProcessPoolExecutor(max(1, args.num_workers)) as pool:
+        results = pool.map(partial(read_item, args), items, chunksize=32)
+        for found in tqdm(results, total=len(items)):
+            for finding in found:
+                findings.add(*finding)
+    loader, classes, teacher = rehearse(script, args, findings)
+    report(args, splits, classes, findings)
+    if args.stage == 'generic' and teacher:
+        check_mae(script, args, teacher, loader.dataset, findings)
+    if loader:
+        draw_sheet(script, args, loader.dataset, classes, options.out)
+    rows = [(LEVELS.index(key), -count, text, str(example))
+            for (key, text), (count, example) in findings.items() if key in LEVELS and count]
+    for level, count, text, example in sorted(rows):
+        print(f'{LEVELS[level]:8}{-count:8}  {text}' + f'\n{"":18}e.g. {example}' * bool(example))
+    return int(any(level == 0 for level, *_ in rows))
+
+
+if __name__ == '__main__':
+    sys.exit(main(*get_args_parser().parse_known_args()))
