@@ -150,6 +150,17 @@ def segmentation_box(segmentation):
     return [min(x), min(y), max(x) - min(x), max(y) - min(y)]
 
 
+def box_iou(box, other):
+    """Intersection over union of two boxes, xywh."""
+    sides = []
+    for axis in (0, 1):
+        low = max(box[axis], other[axis])
+        high = min(box[axis] + box[axis + 2], other[axis] + other[axis + 2])
+        sides.append(max(0, high - low))
+    both = sides[0] * sides[1]
+    return both / (box[2] * box[3] + other[2] * other[3] - both)
+
+
 def read_coco(path, is_train):
     """COCO JSON -> (dict as pycocotools takes it, categories by ascending id; what was left out).
 
@@ -158,7 +169,6 @@ def read_coco(path, is_train):
     without a polygon of three corners and, in training, crowds and empty boxes; counted by reason.
     Ends the run if boxes are of another form: negative, or unlike their segmentations.
     """
-    from pycocotools import mask as coco_mask
     try:
         content = json.loads(Path(path).read_text(encoding='utf-8-sig'))
         coco = {key: content[key] for key in ('images', 'categories')}
@@ -175,8 +185,11 @@ def read_coco(path, is_train):
         if min(width, height) < 0:
             raise SystemExit(f'{name} has the box {entry["bbox"]}: boxes are x, y, width, height')
         crowd, shape = int(entry.get('iscrowd') or 0), entry.get('segmentation') or []
-        if isinstance(shape, list):  # not run lengths; polygons of [x, y] pairs are flattened
-            shape = [np.ravel(polygon).tolist() for polygon in shape]
+        if isinstance(shape, list):  # not run lengths
+            if any(isinstance(polygon[0], list) for polygon in shape if polygon):  # [x, y] pairs
+                shape = [np.ravel(polygon).tolist() for polygon in shape]
+            if any(len(polygon) % 2 for polygon in shape):
+                raise SystemExit(f'{name} has a polygon of an odd number of values')
             # pycocotools takes two corners for a box
             shape = [polygon for polygon in shape if len(polygon) >= 6]
         if entry['image_id'] not in images:
@@ -190,7 +203,7 @@ def read_coco(path, is_train):
         else:
             if min(width, height) > 0:
                 around = segmentation_box(shape)
-                if coco_mask.iou([entry['bbox']], [around], [0])[0, 0] < 0.5:
+                if box_iou(entry['bbox'], around) < 0.5:
                     unlike.append(f'{name} has the box {entry["bbox"]}, its segmentation {around}')
             annotations.append({
                 'id': number, 'image_id': entry['image_id'], 'category_id': entry['category_id'],
@@ -212,9 +225,10 @@ def clip_polygon(polygon, width, height):
         crossed = (inside < 0) != (following < 0)
         share = inside / np.where(crossed, inside - following, 1)
         crossings = polygon + share[:, None] * (np.roll(polygon, -1, axis=0) - polygon)
+        crossings[:, axis] = limit
         points = np.stack([polygon, crossings], axis=1)
         polygon = points[np.stack([inside >= 0, crossed], axis=1)]
-    return polygon
+    return polygon.clip(0, (width, height))  # cuts are rounded
 
 
 def crop_object(segmentation, size, part, new_size):
@@ -236,23 +250,33 @@ def crop_object(segmentation, size, part, new_size):
         corners = np.concatenate([corners, corners + 1]) * scale
     else:
         polygons = [(np.reshape(polygon, (-1, 2)) - (left, top)) * scale for polygon in segmentation]
-        corners = np.concatenate([clip_polygon(polygon, *new_size[::-1]) for polygon in polygons])
-    if not len(corners) or min(np.ptp(corners, axis=0)) <= 0:
+        parts = [clip_polygon(polygon, *new_size[::-1]) for polygon in polygons]
+        # of a part that only touches the border a line is left
+        parts = [part for part in parts if len(part) and min(np.ptp(part, axis=0)) > 0]
+        corners = np.concatenate(parts or [np.zeros((0, 2))])
+    if not len(corners):
         return None, None
-    corners = corners.clip(0, new_size[::-1])  # cuts are rounded
-    box = np.concatenate([corners.min(axis=0), corners.max(axis=0)])
     if isinstance(segmentation, dict):
         seen = torch.from_numpy(255 * seen)[None]
-        return v2.functional.resize(seen, new_size, antialias=True)[0].numpy(), box
-    # inside the box at twice the size, then the mean of four pixels
-    x0, y0, x1, y1 = *np.floor(box[:2]).astype(int), *np.ceil(box[2:]).astype(int)
-    polygons = [(2 * (polygon - (x0, y0))).ravel().tolist() for polygon in polygons]
-    fine = coco_mask.decode(coco_mask.merge(
-        coco_mask.frPyObjects(polygons, 2 * (y1 - y0), 2 * (x1 - x0)))).astype(np.uint16)
-    quarters = fine[::2, ::2] + fine[1::2, ::2] + fine[::2, 1::2] + fine[1::2, 1::2]
-    mask = np.zeros(new_size, np.uint8)
-    mask[y0:y1, x0:x1] = (255 * quarters + 2) // 4
-    return (mask, box) if mask.any() else (None, None)
+        mask = v2.functional.resize(seen, new_size, antialias=True)[0].numpy()
+    else:
+        # inside the box at twice the size, then the mean of four pixels
+        x0, y0 = np.floor(corners.min(axis=0)).astype(int)
+        x1, y1 = np.ceil(corners.max(axis=0)).astype(int)
+        polygons = [(2 * (polygon - (x0, y0))).ravel().tolist() for polygon in polygons]
+        fine = coco_mask.decode(coco_mask.merge(
+            coco_mask.frPyObjects(polygons, 2 * (y1 - y0), 2 * (x1 - x0)))).astype(np.uint16)
+        quarters = fine[::2, ::2] + fine[1::2, ::2] + fine[::2, 1::2] + fine[1::2, 1::2]
+        mask = np.zeros(new_size, np.uint8)
+        mask[y0:y1, x0:x1] = (255 * quarters + 2) // 4
+        # the cut leads a concave outline over corners of the image that are not in it
+        limits = np.array(new_size[::-1])
+        at_corner = ((corners == 0) | (corners == limits)).all(axis=1)
+        columns, rows = np.minimum(corners, limits - 1).astype(int).T
+        corners = corners[~at_corner | (mask[rows, columns] > 0)]
+    if not mask.any():
+        return None, None
+    return mask, np.concatenate([corners.min(axis=0), corners.max(axis=0)])
 
 
 def draw_jitter(height, width, size, scale_range):
@@ -295,11 +319,11 @@ class CocoDataset(torch.utils.data.Dataset):
         self.labels = {entry['id']: k for k, entry in enumerate(coco['categories'], 1)}
         if not all(image['file_name'].isascii() for image in coco['images']):
             # an accent may be a character of its own in one place and not in the other
-            on_disk = {normalize('NFC', path.relative_to(self.folder).as_posix()): path
-                       for path in self.folder.rglob('*')}
+            names = [path.relative_to(self.folder).as_posix() for path in self.folder.rglob('*')]
+            on_disk = {normalize('NFC', name): name for name in names}
             for image in coco['images']:
                 name = image['file_name']
-                image['file_name'] = str(on_disk.get(normalize('NFC', name), name))
+                image['file_name'] = on_disk.get(normalize('NFC', name), name)
         objects, records = defaultdict(list), []
         for entry in coco['annotations'] if is_train else ():
             objects[entry['image_id']].append(entry)
@@ -908,7 +932,8 @@ def evaluate(model, loader, coco, device, args):
         results.sort(key=lambda entry: (entry['image_id'], -entry['score']))
         if args.results_json:
             Path(args.results_json).write_text(json.dumps(results))
-        stats = [average_precision(coco, results) if coco['annotations'] else None]
+        objects = [entry for entry in coco['annotations'] if not entry['iscrowd']]
+        stats = [average_precision(coco, results) if objects else None]
     if args.distributed:
         dist.broadcast_object_list(stats)
     if stats[0] is None:

@@ -235,7 +235,7 @@ def untouched_losses():
 
 
 def cell_weights(low, high, length, side):
-    """(length, side): of pixels in a box's cells, means over points a pixel apart or less, linear in between."""
+    """(length, side): of pixels in a box's cells, means over points at most a pixel apart, linear."""
     count = math.ceil((high - low) / side)
     points = low + (np.arange(side * count) + 0.5) * (high - low) / (side * count)
     weights = [np.interp(points, np.arange(length) + 0.5, row) for row in np.eye(length)]
@@ -693,7 +693,7 @@ def rate(t, total, warmup, lr):
     ('--iterations 20 --warmup_iterations 0 --teacher_path a.pth --weight_decay 0.2', 20, 0, 0.2)])
 def test_optimizer_and_schedule_that_main_builds_are_the_papers(
         flags, total, warmup, decay, data, tmp_path, monkeypatch, capsys):
-    """AdamW, lr 1e-4; a tenth from 8/9, a hundredth from 26/27. Decay 0.1, with a teacher 0.05, or as told."""
+    """AdamW, lr 1e-4; a tenth from 8/9, a hundredth from 26/27; decay 0.1, with a teacher 0.05."""
     caught = []
     monkeypatch.setattr(det, 'load_detector', lambda *args: tiny_detector())
     monkeypatch.setattr(det, 'train_one_epoch', lambda *args: caught.extend(args) or pytest.exit('caught'))

@@ -1,8 +1,8 @@
 """Is my data, is my teacher right? Reads everything once, before training, and says what is wrong.
 
 Flags are those of the training command: what --help does not list is the stage's own.
-Prints what there is of each class, how well a stage-1 teacher reconstructs, then findings with their
-number, advice and an example. An error ends training, or makes it learn something else than meant
+Prints what training has of each class, how well a stage-1 teacher reconstructs, and findings with
+their number and an example: an error ends training or makes it learn something else than meant
 (exit status 1), a warning may, a note is unusual but dealt with.
 Writes --out: training samples as they are read and, below, as they are augmented; nothing else.
 Run:  python tools/check.py --stage det --data_path COCO --num_workers 16
@@ -13,12 +13,10 @@ import contextlib
 import copy
 import hashlib
 import importlib
-import os
 import sys
 import tempfile
-from collections import Counter, defaultdict
+from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 from unittest.mock import Mock, patch
 
@@ -39,31 +37,14 @@ COLUMNS = 8  # of the picture
 
 
 class Findings(dict):
-    """(level, text) -> [count, example]; (split, class) -> [what it has of it, first file]."""
+    """(level, text) -> [number, example]; (split, class) -> [images, objects or pixels, file]."""
 
     def add(self, key, text, example='', count=1):
         self.setdefault((key, text), [0, example])[0] += count
 
-    def count(self, key, text):
-        return self.get((key, text), [0])[0]
-
-    def pixels(self, split):
-        return torch.tensor([self.count(split, value) for value in range(256)])
-
-
-# ---- reading -------------------------------------------------------------------------------------
-
-
-def list_images(folder):
-    """The images in and below a folder."""
-    return [Path(path) for path, _ in make_dataset(folder, {'': 0}, IMG_EXTENSIONS, allow_empty=True)]
-
 
 def list_items(script, args, split, findings):
-    """[(image file, split, what belongs to it)]; ends the program where the stage does.
-
-    To an image belong in detection its entry and those of its objects, in segmentation its label.
-    """
+    """[(image file, split, its label file, or its COCO entry and those of its objects)]."""
     if args.stage == 'seg':
         pairs, unused = script.list_pairs(args.data_path, split)
         findings.add('warning', 'labels without an image: not read', split, unused)
@@ -74,57 +55,55 @@ def list_items(script, args, split, findings):
         script.CocoDataset(coco, folder, args, is_train=False)  # finds names with accents
         for reason, count in left_out.items():
             level = 'note' if reason == 'crowds' else 'warning'
-            findings.add(level, f'objects {reason}: left out', path, count)
+            findings.add(level, f'objects left out: {reason}', path, count)
         for kind in ('images', 'categories'):
-            numbers = [entry['id'] for entry in coco[kind]]
-            findings.add('error', f'ids of {kind} that stand twice', path, len(numbers) - len({*numbers}))
-        names, objects = {entry['id']: entry['name'] for entry in coco['categories']}, defaultdict(list)
+            count = len(coco[kind]) - len({entry['id'] for entry in coco[kind]})
+            findings.add('error', f'ids of {kind} that stand twice', path, count)
+        names = {entry['id']: entry['name'] for entry in coco['categories']}
+        objects = defaultdict(list)
         for entry in coco['annotations']:
             objects[entry['image_id']].append(entry)
             findings.add(split, names[entry['category_id']], path)
-        files = [Path(folder, image['file_name']) for image in coco['images']]
-        for file in sorted({*list_images(folder)} - {*files}):
-            findings.add('note', 'images that the annotations do not list: not read', file)
-        return [(file, split, (image, objects[image['id']]))
-                for file, image in zip(files, coco['images'])]
+        return [(Path(folder, image['file_name']), split, (image, objects[image['id']]))
+                for image in coco['images']]
     folder = Path(args.data_path or 'none')
     if args.stage == 'cls' or (folder / split).is_dir():
         folder = folder / split
-    for path in list_images(folder):
-        parts = path.relative_to(folder).parts
+    found = make_dataset(folder, {'': 0}, IMG_EXTENSIONS, allow_empty=True)
+    for path, _ in found:
+        parts = Path(path).relative_to(folder).parts
         findings.add(split, parts[0], path)
         if any(part.startswith('.') for part in parts):
             findings.add('error', 'hidden images, or of a hidden class: remove them', path)
-    return [(path, split, None) for path in list_images(folder)]
+    return [(Path(path), split, None) for path, _ in found]
 
 
 def inspect(script, args, path, split, truth):
-    """Yields (level, text) of what is unusual, and what `Findings` shall hold of split and file."""
+    """Yields (level, text) of what is unusual, (split, class, pixels) of a label, a hash."""
     image = models.open_image(path)
     size, turned = image.size[::-1], image.getexif().get(Base.Orientation, 1)
     sizes = size, (image.size if turned > 4 else size)
     if image.mode != 'RGB':
         yield 'note', f'images of mode {image.mode}: made RGB, 16-bit values divided by 256'
-    if turned > 1 and args.stage in ('det', 'seg'):
-        yield 'note', 'images turned as EXIF tells, unless only the stored size fits'
-    elif turned > 1:
-        yield 'warning', 'images not turned as EXIF tells: mogrify -auto-orient'
+    if turned > 1:
+        level = 'note' if args.stage in ('det', 'seg') else 'warning'
+        yield level, 'images that EXIF turns, which only detection and segmentation do'
     if args.stage == 'det':
         from pycocotools.mask import iou  # the other stages do without it
         size = truth[0]['height'], truth[0]['width']
         for entry in truth[1]:
             x, y, w, h = entry['bbox']
+            around = script.segmentation_box(entry['segmentation'])
             if min(x, y) < -1 or x + w > size[1] + 1 or y + h > size[0] + 1:
                 yield 'warning', 'boxes that leave the image'
-            around = script.segmentation_box(entry['segmentation'])
             if around[2] * around[3] < 10:
                 yield 'warning', 'empty or tiny segmentations, of less than 10 pixels'
             elif iou([entry['bbox']], [around], [0])[0, 0] < 0.5:
                 yield 'warning', 'boxes unlike their segmentations: x, y, width, height?'
     if args.stage == 'seg':
         label = script.read_label(truth, args.reduce_zero_label)
-        size = tuple(label.shape)
-        yield from ((split, *pair) for pair in enumerate(label.flatten().bincount().tolist()))
+        size, values = tuple(label.shape), label.flatten().bincount().tolist()
+        yield from ((split, value, count) for value, count in enumerate(values) if count)
     if size not in sizes:
         yield 'error', 'images of another size than their annotations: mend one or remove both'
     yield f'file of {split}', hashlib.blake2b(path.read_bytes(), digest_size=8).digest()
@@ -141,44 +120,48 @@ def read_item(args, item):
 
 
 def rehearse(script, args, findings):
-    """Runs the stage's main() up to its first epoch; a message that ends it before is a finding.
+    """Runs the stage's main() up to its first epoch; what ends it before is a finding.
 
-    Returns (training loader, class names, teacher); None or nothing where it did not come so far.
+    Returns (training loader, class names, teacher), empty where it did not come so far.
     """
+    def count_labels(pairs, _):  # they have been read
+        split = pairs[0][0].parent.name
+        return torch.tensor([findings.get((split, value), [0])[0] for value in range(256)])
+
     seen, build, stop = [], script.build_data, Mock(side_effect=Measured)
-    replaced = {
-        'build_data': lambda *inputs: seen.append(build(*inputs)) or seen[0],
-        'count_labels': lambda pairs, _: findings.pixels(pairs[0][0].parent.name),  # have been read
-        'train_one_epoch': stop, 'evaluate': stop}
-    with tempfile.TemporaryDirectory() as args.output_dir, open(os.devnull, 'w') as silence, \
-            contextlib.redirect_stdout(silence), patch.multiple(script, create=True, **replaced):
+    replaced = {'build_data': lambda *inputs: seen.append(build(*inputs)) or seen[0],
+                'count_labels': count_labels, 'train_one_epoch': stop, 'evaluate': stop}
+    with tempfile.TemporaryDirectory() as args.output_dir, \
+            contextlib.redirect_stdout(Mock()), patch.multiple(script, create=True, **replaced):
         try:
             script.main(args)
         except (Measured, models.DataError):
             pass  # bad files have been found
-        except SystemExit as error:
-            findings.add('error', str(error))
-    data = (*seen, None)[0]
-    loader, *_, classes = data if isinstance(data, tuple) else (data, [])
+        except (SystemExit, Exception) as error:
+            findings.add('error', f'{type(error).__name__}: {error}')
+    loader, *_, classes = seen[0] if seen and args.stage != 'generic' else (*seen, None, [])
     return loader, classes, stop.called and stop.call_args.args[1]
 
 
 def report(args, splits, classes, findings):
-    """Prints what there is of each class; adds what is found only after all files are read."""
-    keys = range(len(classes)) if args.stage == 'seg' else classes
-    for split, level in zip(splits, LEVELS[1:]):
-        counts = {name: findings.count(split, key) for name, key in zip(classes, keys)}
-        print(f'{split}:', ', '.join(f'{name} {count}' for name, count in counts.items())[:2000])
-        for name in [name for name in classes if not counts[name]]:
-            findings.add(level, f'classes of which {split} has nothing', name)
+    """Prints what training has of each class; adds what is known only when all files are read."""
+    keys = [*range(len(classes)), 255] if args.stage == 'seg' else classes
+    counts = {name: findings.get((splits[0], key), [0])[0]
+              for key, name in zip(keys, [*classes, 'ignored'])}
+    print(f'{splits[0]}:', ', '.join(f'{name} {count}' for name, count in counts.items())[:2000])
+    for name in [name for name in classes if not counts[name]]:
+        findings.add('warning', 'classes that training has nothing of', name)
+    share = counts.get('ignored', 0) / max(1, sum(counts.values()))
+    if share > 0.3:
+        findings.add('warning', f'{share:.0%} of the training pixels are ignored')
     for (key, text), (count, path) in list(findings.items()):
-        twin = findings.get((f'file of {splits[0]}', text))
-        if key == f'file of {splits[-1]}' and twin and twin[1] != path:
-            findings.add('warning', 'validation images that stand in training, the same bytes',
-                         f'{path} and {twin[1]}', count)
-        if classes and key in splits and text not in keys and text != 255:
-            findings.add('error', f'pixels labelled beyond the {len(classes)} classes: --nb_classes, '
-                         '--reduce_zero_label?', f'{path}: {text}', count)
+        twin = f'file of {splits[0]}', text
+        if key == f'file of {splits[-1]}' != twin[0] and twin in findings:
+            findings.add('warning', 'validation images that stand in training, too',
+                         f'{path} is {findings[twin][1]}', count)
+        if args.stage == 'seg' and key in splits and text not in keys:
+            findings.add('error', f'pixels beyond the {len(classes)} classes: --nb_classes, '
+                         '--reduce_zero_label?', f'{text} in {path}', count)
 
 
 def take_samples(dataset, count):
@@ -194,10 +177,9 @@ def check_mae(script, args, teacher, dataset, findings):
     images, noise = zip(*(image for image, _ in take_samples(dataset, 32)))
     images = models.normalise(torch.stack(images))
     masking = models.random_masking(torch.stack(noise), args.mask_ratio)
-    untrained, pixels = copy.deepcopy(teacher), teacher.patchify(images)
-    start = models.create_mae(args.teacher_model, args.input_size).state_dict()
-    start = {name: value for name, value in start.items() if name.startswith(('decoder', 'mask_'))}
-    untrained.load_state_dict(start, strict=False)
+    untrained, pixels = models.create_mae(args.teacher_model, args.input_size), teacher.patchify(images)
+    for name in ('patch_embed', 'cls_token', 'blocks', 'norm'):  # the same encoder
+        setattr(untrained, name, getattr(teacher, name))
     preds, shares = [network(images, masking) for network in (teacher, untrained)], []
     for norm, space in ((True, 'normalised'), (False, 'plain')):
         constant = torch.zeros_like(pixels) if norm else pixels.mean((0, 1)).expand_as(pixels)
@@ -222,10 +204,10 @@ def draw(stage, image, truth, classes, legend):
     if stage == 'cls':  # a frame with the name
         frame = torch.tensor([[0, 0, *image.shape[:0:-1]]])
         truth = {'boxes': frame, 'labels': frame[:, 0] + truth + 1, 'masks': image[:0]}
-    own = [(classes[k - 1], palette[k - 1]) for k in truth['labels'].tolist()]
-    legend |= own
-    names, colours = zip(*own) if own else ((), ())
-    return predict.draw_objects(image, truth['boxes'], truth['masks'] > 127, list(names), list(colours))
+    names = [classes[k - 1] for k in truth['labels']]
+    colours = [palette[k - 1] for k in truth['labels']]
+    legend |= zip(names, colours)
+    return predict.draw_objects(image, truth['boxes'], truth['masks'] > 127, names, colours)
 
 
 def draw_sheet(script, args, augmented, classes, out):
@@ -233,8 +215,8 @@ def draw_sheet(script, args, augmented, classes, out):
     plain, legend, panels = copy.copy(augmented), {}, []
     plain.dataset = copy.copy(plain.dataset)
     plain.dataset.transform, plain.dataset.is_train = pil_to_tensor, args.stage == 'det'
-    no_jitter = Mock(side_effect=lambda *size: ((0, 0, *size[:2]), size[:2], False))  # detection
-    with patch.object(script, 'draw_jitter', no_jitter, create=True):
+    whole = Mock(side_effect=lambda *size: ((0, 0, *size[:2]), size[:2], False))
+    with patch.object(script, 'draw_jitter', whole, create=True):  # of detection
         rows = [list(take_samples(plain, 2 * COLUMNS))]
     rows.append(list(take_samples(augmented, 2 * COLUMNS)))
     for start in range(0, len(rows[0]), COLUMNS):
@@ -245,11 +227,10 @@ def draw_sheet(script, args, augmented, classes, out):
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(
-        description='finds mistakes in data and teachers before training', allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument('--stage', choices=SCRIPTS, required=True, help='whose data it is')
-    parser.add_argument('--out', type=Path, default=Path('check.png'), help='picture to write')
+    parser.add_argument('--out', type=Path, default=Path('check.png'),
+                        help='picture to write, by default check.png')
     return parser
 
 
@@ -264,22 +245,23 @@ def main(options, words):
     if args.stage == 'generic':
         splits, args.target = splits[:1], args.target if args.teacher_path else 'pixel'
     for split in splits:
-        with contextlib.suppress(SystemExit):  # `rehearse` meets it, too
+        with contextlib.suppress(SystemExit, Exception):  # `rehearse` meets it, too
             items += list_items(script, args, split, findings)
     with ProcessPoolExecutor(max(1, args.num_workers)) as pool:
-        results = pool.map(partial(read_item, args), items, chunksize=32)
+        results = pool.map(read_item, [args] * len(items), items, chunksize=32)
         for found in tqdm(results, total=len(items)):
             for finding in found:
                 findings.add(*finding)
     loader, classes, teacher = rehearse(script, args, findings)
-    report(args, splits, classes, findings)
+    if classes:
+        report(args, splits, classes, findings)
     if args.stage == 'generic' and teacher:
         check_mae(script, args, teacher, loader.dataset, findings)
     if loader:
         draw_sheet(script, args, loader.dataset, classes, options.out)
-    rows = [(LEVELS.index(key), -count, text, str(example))
+    rows = [(LEVELS.index(key), -count, text, example)
             for (key, text), (count, example) in findings.items() if key in LEVELS and count]
-    for level, count, text, example in sorted(rows):
+    for level, count, text, example in sorted(rows, key=lambda row: row[:2]):
         print(f'{LEVELS[level]:8}{-count:8}  {text}' + f'\n{"":18}e.g. {example}' * bool(example))
     return int(any(level == 0 for level, *_ in rows))
 
