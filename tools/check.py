@@ -33,7 +33,6 @@ from benchmark import SCRIPTS, Measured
 from visualize import to_pixels
 
 LEVELS = ('error', 'warning', 'note')
-COLUMNS = 8  # of the picture
 
 
 class Findings(dict):
@@ -89,7 +88,6 @@ def inspect(script, args, path, split, truth):
         level = 'note' if args.stage in ('det', 'seg') else 'warning'
         yield level, 'images that EXIF turns, which only detection and segmentation do'
     if args.stage == 'det':
-        from pycocotools.mask import iou  # the other stages do without it
         size = truth[0]['height'], truth[0]['width']
         for entry in truth[1]:
             x, y, w, h = entry['bbox']
@@ -98,7 +96,7 @@ def inspect(script, args, path, split, truth):
                 yield 'warning', 'boxes that leave the image'
             if around[2] * around[3] < 10:
                 yield 'warning', 'empty or tiny segmentations, of less than 10 pixels'
-            elif iou([entry['bbox']], [around], [0])[0, 0] < 0.5:
+            elif script.box_iou(entry['bbox'], around) < 0.5:
                 yield 'warning', 'boxes unlike their segmentations: x, y, width, height?'
     if args.stage == 'seg':
         label = script.read_label(truth, args.reduce_zero_label)
@@ -115,15 +113,11 @@ def read_item(args, item):
     try:
         return [(key, text, path, *count) for key, text, *count in inspect(script, args, *item)]
     except Exception as error:  # decoders raise nearly anything
-        reason = type(error.__cause__ or error).__name__
-        return [('error', f'unreadable files ({reason}): repair or remove', error)]
+        return [('error', f'unreadable files ({type(error.__cause__ or error).__name__})', error)]
 
 
 def rehearse(script, args, findings):
-    """Runs the stage's main() up to its first epoch; what ends it before is a finding.
-
-    Returns (training loader, class names, teacher), empty where it did not come so far.
-    """
+    """The stage's main() up to its first epoch -> (training loader, class names, teacher), if any."""
     def count_labels(pairs, _):  # they have been read
         split = pairs[0][0].parent.name
         return torch.tensor([findings.get((split, value), [0])[0] for value in range(256)])
@@ -138,7 +132,7 @@ def rehearse(script, args, findings):
         except (Measured, models.DataError):
             pass  # bad files have been found
         except (SystemExit, Exception) as error:
-            findings.add('error', f'{type(error).__name__}: {error}')
+            findings.add('error', getattr(error, 'code', repr(error)))
     loader, *_, classes = seen[0] if seen and args.stage != 'generic' else (*seen, None, [])
     return loader, classes, stop.called and stop.call_args.args[1]
 
@@ -177,10 +171,11 @@ def check_mae(script, args, teacher, dataset, findings):
     images, noise = zip(*(image for image, _ in take_samples(dataset, 32)))
     images = models.normalise(torch.stack(images))
     masking = models.random_masking(torch.stack(noise), args.mask_ratio)
-    untrained, pixels = models.create_mae(args.teacher_model, args.input_size), teacher.patchify(images)
+    pixels, shares = teacher.patchify(images), []
+    untrained = models.create_mae(args.teacher_model, args.input_size)
     for name in ('patch_embed', 'cls_token', 'blocks', 'norm'):  # the same encoder
         setattr(untrained, name, getattr(teacher, name))
-    preds, shares = [network(images, masking) for network in (teacher, untrained)], []
+    preds = [network(images, masking) for network in (teacher, untrained)]
     for norm, space in ((True, 'normalised'), (False, 'plain')):
         constant = torch.zeros_like(pixels) if norm else pixels.mean((0, 1)).expand_as(pixels)
         losses = [script.pixel_loss(pred, pixels, masking.mask, norm) for pred in (*preds, constant)]
@@ -188,7 +183,7 @@ def check_mae(script, args, teacher, dataset, findings):
               'of the best constant {:.3f}'.format(space, *losses))
         shares.append(losses[0] / losses[2])
     if not min(shares) < 0.95:  # a sound decoder of small images may be at 0.9
-        findings.add('error', 'the teacher reconstructs no better than a constant', args.teacher_path)
+        findings.add('error', 'teacher that reconstructs no better than a constant', args.teacher_path)
 
 
 def draw(stage, image, truth, classes, legend):
@@ -210,27 +205,26 @@ def draw(stage, image, truth, classes, legend):
     return predict.draw_objects(image, truth['boxes'], truth['masks'] > 127, names, colours)
 
 
-def draw_sheet(script, args, augmented, classes, out):
+def draw_sheet(script, args, augmented, classes, out, columns=8):
     """Rows of training samples, each above them augmented."""
     plain, legend, panels = copy.copy(augmented), {}, []
     plain.dataset = copy.copy(plain.dataset)
     plain.dataset.transform, plain.dataset.is_train = pil_to_tensor, args.stage == 'det'
     whole = Mock(side_effect=lambda *size: ((0, 0, *size[:2]), size[:2], False))
     with patch.object(script, 'draw_jitter', whole, create=True):  # of detection
-        rows = [list(take_samples(plain, 2 * COLUMNS))]
-    rows.append(list(take_samples(augmented, 2 * COLUMNS)))
-    for start in range(0, len(rows[0]), COLUMNS):
+        rows = [list(take_samples(plain, 2 * columns))]
+    rows.append(list(take_samples(augmented, 2 * columns)))
+    for start in range(0, len(rows[0]), columns):
         for samples, caption in zip(rows, ('as read', 'augmented')):
-            for number, sample in enumerate(samples[start:start + COLUMNS], start + 1):
+            for number, sample in enumerate(samples[start:start + columns], start + 1):
                 panels.append((draw(args.stage, *sample, classes, legend), f'{number}, {caption}'))
-    predict.save_grid(out, panels, min(COLUMNS, len(rows[0])), legend.items())
+    predict.save_grid(out, panels, min(columns, len(rows[0])), legend.items())
 
 
 def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument('--stage', choices=SCRIPTS, required=True, help='whose data it is')
-    parser.add_argument('--out', type=Path, default=Path('check.png'),
-                        help='picture to write, by default check.png')
+    parser.add_argument('--out', type=Path, default='check.png', help='picture, default: check.png')
     return parser
 
 
@@ -253,7 +247,7 @@ def main(options, words):
             for finding in found:
                 findings.add(*finding)
     loader, classes, teacher = rehearse(script, args, findings)
-    if classes:
+    if items and loader and classes:
         report(args, splits, classes, findings)
     if args.stage == 'generic' and teacher:
         check_mae(script, args, teacher, loader.dataset, findings)
