@@ -186,7 +186,9 @@ def read_coco(path, is_train):
             raise SystemExit(f'{name} has the box {entry["bbox"]}: boxes are x, y, width, height')
         crowd, shape = int(entry.get('iscrowd') or 0), entry.get('segmentation') or []
         if isinstance(shape, list):  # not run lengths
-            if any(isinstance(polygon[0], list) for polygon in shape if polygon):  # [x, y] pairs
+            if len(shape) > 2 and all(len(point) == 2 for point in shape):  # one, as [x, y] pairs
+                shape = [shape]
+            if any(isinstance(polygon[0], list) for polygon in shape if polygon):  # pairs, too
                 shape = [np.ravel(polygon).tolist() for polygon in shape]
             if any(len(polygon) % 2 for polygon in shape):
                 raise SystemExit(f'{name} has a polygon of an odd number of values')

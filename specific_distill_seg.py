@@ -191,7 +191,7 @@ def read_classes(args, counts):
                     names[int(match[1])] = match[2]
             if not names:
                 raise SystemExit(f'{path} has no line with a value and a name, such as `1 wall`')
-            if first and 0 in names:
+            if first and not re.match('ignore|void|unlabel', names.get(0, 'ignored'), re.I):
                 raise SystemExit(f'{path} names label 0, {names[0]}, which --reduce_zero_label '
                                  'ignores: give --no-reduce_zero_label, or take the line out')
     if number is None and names:

@@ -352,13 +352,15 @@ def test_annotations_get_ids_areas_and_crowd_flags_and_categories_are_sorted(tmp
               box_thing(4, 2, 0, 0, 5, 5, area=20.5),
               {**box_thing(4, 2, 0, 0, 30, 20, iscrowd=1), 'segmentation': runs(np.ones((20, 30)))}]
     things += [box_thing(4, 9, 2, 3, 12, 10, iscrowd=flag) for flag in ('1', True, '0', False, None)]
+    things[-1]['segmentation'] = pairs[0]  # without the list of polygons
     path, _ = write_set(tmp_path, {4: grey(20, 30)}, things, ((9, 'ant'), (2, 'bee')))
     path.write_bytes(b'\xef\xbb\xbf' + path.read_bytes())  # Windows marks UTF-8 so
     coco, left_out = det.read_coco(path, is_train=False)
     assert [entry['id'] for entry in coco['annotations']] == list(range(1, 9)) and not left_out
     assert [entry['area'] for entry in coco['annotations']] == [70, 20.5, 600, *[70] * 5]
     assert [entry['iscrowd'] for entry in coco['annotations']] == [0, 0, 1, 1, 1, 0, 0, 0]
-    assert coco['annotations'][0]['segmentation'] == [rectangle(2, 3, 12, 10)]
+    for number in (0, -1):
+        assert coco['annotations'][number]['segmentation'] == [rectangle(2, 3, 12, 10)]
     assert [(entry['id'], entry['name']) for entry in coco['categories']] == [(2, 'bee'), (9, 'ant')]
 
 

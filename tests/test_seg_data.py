@@ -127,6 +127,7 @@ CLASSES = {
                             ['sky', 'road']),
     'labels': ({}, [], [1, 255, 2], [3, 1], ['class 1', 'class 2', 'class 3']),
     'labels from 0': ({}, [FROM_0], [255, 2], [1], ['class 0', 'class 1', 'class 2']),
+    'ignored by name': ({'classes.txt': '0 ignore\n1 sky\n2 road\n'}, [], [1], [2], ['sky', 'road']),
 }
 
 

@@ -1,9 +1,8 @@
 """How fast a stage trains on this machine: images/s of loader, step and both, FLOP/s, memory.
 
-The stage's own main() builds everything; in its first epoch its train_one_epoch is timed on a batch
-that lies ready (step) and on the real loader (both). Without --teacher_path the teacher has random
-weights; without --data_path images are drawn, and the loader's rate means little. Flags that --help
-does not list are the stage's own.
+The stage's own train_one_epoch is timed on a batch that lies ready (step) and on the real loader
+(both). Without --teacher_path the teacher has random weights; without --data_path images are drawn,
+and the loader's rate means little. Flags that --help does not list are the stage's own.
 Run:  python tools/benchmark.py --stage cls --data_path IMAGENET --num_workers 16 --compile
       python tools/benchmark.py --stage det --input_size 512 --batch_size 2 --steps 1 --json b.json
       torchrun --nproc_per_node=8 tools/benchmark.py

@@ -1,12 +1,10 @@
 """Is my data, is my teacher right? Reads everything once, before training, and says what is wrong.
 
-Flags are those of the training command: what --help does not list is the stage's own.
-Prints what training has of each class, how well a stage-1 teacher reconstructs, and findings with
-their number and an example: an error ends training or makes it learn something else than meant
-(exit status 1), a warning may, a note is unusual but dealt with.
+Flags are those of the training command. Prints what training has of each class, how well a stage-1
+teacher reconstructs, and findings with their number and an example: an error ends training or makes
+it learn something else than meant (exit status 1), a warning may, a note is unusual but dealt with.
 Writes --out: training samples as they are read and, below, as they are augmented; nothing else.
-Run:  python tools/check.py --stage det --data_path COCO --num_workers 16
-      python tools/check.py --stage generic --data_path IMAGENET --teacher_path mae.pth
+Run:  python tools/check.py --stage generic --data_path IMAGENET --teacher_path mae.pth
 """
 import argparse
 import contextlib
@@ -15,13 +13,11 @@ import hashlib
 import importlib
 import sys
 import tempfile
-from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from unittest.mock import Mock, patch
 
 import torch
-from PIL.ExifTags import Base
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms.v2.functional import InterpolationMode, pil_to_tensor, resize
 from tqdm import tqdm
@@ -46,7 +42,7 @@ def list_items(script, args, split, findings):
     """[(image file, split, its label file, or its COCO entry and those of its objects)]."""
     if args.stage == 'seg':
         pairs, unused = script.list_pairs(args.data_path, split)
-        findings.add('warning', 'labels without an image: not read', split, unused)
+        findings.add('warning', 'labels without an image: not read', f'of {split}', unused)
         return [(image, split, label) for image, label in pairs]
     if args.stage == 'det':
         path, folder = script.coco_paths(args, split)
@@ -59,15 +55,14 @@ def list_items(script, args, split, findings):
             count = len(coco[kind]) - len({entry['id'] for entry in coco[kind]})
             findings.add('error', f'ids of {kind} that stand twice', path, count)
         names = {entry['id']: entry['name'] for entry in coco['categories']}
-        objects = defaultdict(list)
+        objects = {image['id']: [] for image in coco['images']}
         for entry in coco['annotations']:
             objects[entry['image_id']].append(entry)
             findings.add(split, names[entry['category_id']], path)
         return [(Path(folder, image['file_name']), split, (image, objects[image['id']]))
                 for image in coco['images']]
     folder = Path(args.data_path or 'none')
-    if args.stage == 'cls' or (folder / split).is_dir():
-        folder = folder / split
+    folder /= split if args.stage == 'cls' or (folder / split).is_dir() else ''
     found = make_dataset(folder, {'': 0}, IMG_EXTENSIONS, allow_empty=True)
     for path, _ in found:
         parts = Path(path).relative_to(folder).parts
@@ -80,13 +75,13 @@ def list_items(script, args, split, findings):
 def inspect(script, args, path, split, truth):
     """Yields (level, text) of what is unusual, (split, class, pixels) of a label, a hash."""
     image = models.open_image(path)
-    size, turned = image.size[::-1], image.getexif().get(Base.Orientation, 1)
+    size, turned = image.size[::-1], image.getexif().get(0x0112, 1)  # orientation
     sizes = size, (image.size if turned > 4 else size)
     if image.mode != 'RGB':
         yield 'note', f'images of mode {image.mode}: made RGB, 16-bit values divided by 256'
     if turned > 1:
         level = 'note' if args.stage in ('det', 'seg') else 'warning'
-        yield level, 'images that EXIF turns, which only detection and segmentation do'
+        yield level, 'images with an EXIF orientation: detection and segmentation alone apply it'
     if args.stage == 'det':
         size = truth[0]['height'], truth[0]['width']
         for entry in truth[1]:
@@ -117,14 +112,15 @@ def read_item(args, item):
 
 
 def rehearse(script, args, findings):
-    """The stage's main() up to its first epoch -> (training loader, class names, teacher), if any."""
+    """The stage's main() up to its first epoch -> training loader, class names, teacher, if any."""
     def count_labels(pairs, _):  # they have been read
         split = pairs[0][0].parent.name
         return torch.tensor([findings.get((split, value), [0])[0] for value in range(256)])
 
     seen, build, stop = [], script.build_data, Mock(side_effect=Measured)
     replaced = {'build_data': lambda *inputs: seen.append(build(*inputs)) or seen[0],
-                'count_labels': count_labels, 'train_one_epoch': stop, 'evaluate': stop}
+                'count_labels': count_labels, 'train_one_epoch': stop, 'evaluate': stop,
+                'request_stop': script.signal.SIG_DFL}
     with tempfile.TemporaryDirectory() as args.output_dir, \
             contextlib.redirect_stdout(Mock()), patch.multiple(script, create=True, **replaced):
         try:
@@ -132,7 +128,7 @@ def rehearse(script, args, findings):
         except (Measured, models.DataError):
             pass  # bad files have been found
         except (SystemExit, Exception) as error:
-            findings.add('error', getattr(error, 'code', repr(error)))
+            findings.add('error', str(error) if isinstance(error, SystemExit) else repr(error))
     loader, *_, classes = seen[0] if seen and args.stage != 'generic' else (*seen, None, [])
     return loader, classes, stop.called and stop.call_args.args[1]
 
@@ -142,12 +138,13 @@ def report(args, splits, classes, findings):
     keys = [*range(len(classes)), 255] if args.stage == 'seg' else classes
     counts = {name: findings.get((splits[0], key), [0])[0]
               for key, name in zip(keys, [*classes, 'ignored'])}
-    print(f'{splits[0]}:', ', '.join(f'{name} {count}' for name, count in counts.items())[:2000])
+    total = max(1, sum(counts.values()))
+    words = [f'{name} {count} ({count / total:.1%})' for name, count in counts.items()]
+    print(f'{splits[0]}:', ', '.join(words)[:4000])
     for name in [name for name in classes if not counts[name]]:
         findings.add('warning', 'classes that training has nothing of', name)
-    share = counts.get('ignored', 0) / max(1, sum(counts.values()))
-    if share > 0.3:
-        findings.add('warning', f'{share:.0%} of the training pixels are ignored')
+    if counts.get('ignored', 0) > 0.3 * total:
+        findings.add('warning', 'training pixels that are ignored', count=counts['ignored'])
     for (key, text), (count, path) in list(findings.items()):
         twin = f'file of {splits[0]}', text
         if key == f'file of {splits[-1]}' != twin[0] and twin in findings:
@@ -155,10 +152,10 @@ def report(args, splits, classes, findings):
                          f'{path} is {findings[twin][1]}', count)
         if args.stage == 'seg' and key in splits and text not in keys:
             findings.add('error', f'pixels beyond the {len(classes)} classes: --nb_classes, '
-                         '--reduce_zero_label?', f'{text} in {path}', count)
+                         '--reduce_zero_label?', f'{text + args.reduce_zero_label} in {path}', count)
 
 
-def take_samples(dataset, count):
+def take_samples(dataset, count=16):
     """Samples spread over a data set, without unreadable ones."""
     for index in torch.linspace(0, len(dataset) - 1, count).int().unique().tolist():
         with contextlib.suppress(models.DataError):
@@ -168,9 +165,8 @@ def take_samples(dataset, count):
 @torch.no_grad()
 def check_mae(script, args, teacher, dataset, findings):
     """Prints the loss of a stage-1 teacher; a finding if its decoder has not learnt such images."""
-    images, noise = zip(*(image for image, _ in take_samples(dataset, 32)))
-    images = models.normalise(torch.stack(images))
-    masking = models.random_masking(torch.stack(noise), args.mask_ratio)
+    images, noise = map(torch.stack, zip(*(image for image, _ in take_samples(dataset, 32))))
+    images, masking = models.normalise(images), models.random_masking(noise, args.mask_ratio)
     pixels, shares = teacher.patchify(images), []
     untrained = models.create_mae(args.teacher_model, args.input_size)
     for name in ('patch_embed', 'cls_token', 'blocks', 'norm'):  # the same encoder
@@ -178,12 +174,12 @@ def check_mae(script, args, teacher, dataset, findings):
     preds = [network(images, masking) for network in (teacher, untrained)]
     for norm, space in ((True, 'normalised'), (False, 'plain')):
         constant = torch.zeros_like(pixels) if norm else pixels.mean((0, 1)).expand_as(pixels)
-        losses = [script.pixel_loss(pred, pixels, masking.mask, norm) for pred in (*preds, constant)]
+        losses = [script.pixel_loss(x, pixels, masking.mask, norm) for x in (*preds, constant)]
         print('teacher, {} pixels of hidden patches: loss {:.3f}, of an untrained decoder {:.3f}, '
               'of the best constant {:.3f}'.format(space, *losses))
         shares.append(losses[0] / losses[2])
     if not min(shares) < 0.95:  # a sound decoder of small images may be at 0.9
-        findings.add('error', 'teacher that reconstructs no better than a constant', args.teacher_path)
+        findings.add('error', 'teacher no better than a constant prediction', args.teacher_path)
 
 
 def draw(stage, image, truth, classes, legend):
@@ -212,12 +208,12 @@ def draw_sheet(script, args, augmented, classes, out, columns=8):
     plain.dataset.transform, plain.dataset.is_train = pil_to_tensor, args.stage == 'det'
     whole = Mock(side_effect=lambda *size: ((0, 0, *size[:2]), size[:2], False))
     with patch.object(script, 'draw_jitter', whole, create=True):  # of detection
-        rows = [list(take_samples(plain, 2 * columns))]
-    rows.append(list(take_samples(augmented, 2 * columns)))
+        rows = [[draw(args.stage, *sample, classes, legend) for sample in take_samples(plain)]]
+    rows.append([draw(args.stage, *sample, classes, legend) for sample in take_samples(augmented)])
     for start in range(0, len(rows[0]), columns):
-        for samples, caption in zip(rows, ('as read', 'augmented')):
-            for number, sample in enumerate(samples[start:start + columns], start + 1):
-                panels.append((draw(args.stage, *sample, classes, legend), f'{number}, {caption}'))
+        for pictures, caption in zip(rows, ('as read', 'augmented')):
+            for number, picture in enumerate(pictures[start:start + columns], start + 1):
+                panels.append((picture, f'{number}, {caption}'))
     predict.save_grid(out, panels, min(columns, len(rows[0])), legend.items())
 
 
@@ -229,7 +225,6 @@ def get_args_parser():
 
 
 def main(options, words):
-    """Returns the exit status."""
     predict.check_out(options.out, [])
     script, findings, items = importlib.import_module(SCRIPTS[options.stage]), Findings(), []
     sys.argv[1:] = words
@@ -251,12 +246,13 @@ def main(options, words):
         report(args, splits, classes, findings)
     if args.stage == 'generic' and teacher:
         check_mae(script, args, teacher, loader.dataset, findings)
-    if loader:
-        draw_sheet(script, args, loader.dataset, classes, options.out)
     rows = [(LEVELS.index(key), -count, text, example)
             for (key, text), (count, example) in findings.items() if key in LEVELS and count]
-    for level, count, text, example in sorted(rows, key=lambda row: row[:2]):
-        print(f'{LEVELS[level]:8}{-count:8}  {text}' + f'\n{"":18}e.g. {example}' * bool(example))
+    lines = [f'{LEVELS[level]:8}{-count:8}  {text}' + f'\n{"":18}e.g. {example}' * bool(example)
+             for level, count, text, example in sorted(rows, key=lambda row: row[:2])]
+    print('\n'.join(lines) or 'nothing found')
+    if loader:
+        draw_sheet(script, args, loader.dataset, classes, options.out)
     return int(any(level == 0 for level, *_ in rows))
 
 

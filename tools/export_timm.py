@@ -1,16 +1,13 @@
 """A network of any stage as timm's own: a classifier, an encoder, or the backbone of a dense task.
 
-Reads:  --checkpoint   a classifier of specific_distill_cls.py, or a public one (with --model); an
-                       encoder of generic_distill.py, or any that --finetune takes; the backbone of
-                       specific_distill_det.py, which is timm's samvit; that of
-                       specific_distill_seg.py, timm's beit
+Reads:  --checkpoint   of any stage, or a public classifier (with --model), or an encoder that
+                       --finetune takes; a detector's backbone becomes samvit, of segmentation beit
 Writes: --out          pth: a state dict; hf: a folder with config.json (with class names and the
                        transform of evaluation) and model.safetensors
 Run:    python tools/export_timm.py --checkpoint runs/g2sd/checkpoint.pth --out g2sd_timm.pth
         python tools/export_timm.py --checkpoint runs/generic/checkpoint.pth --format hf --out enc
-Prints the Python that loads it. Nothing is written unless this gives the same logits, else the same
-`forward_features`, of a detector the same last map of `forward_intermediates`: to 1e-6 of the
-largest value, in double precision.
+Prints the Python that loads it. Nothing is written unless this gives the same logits, features or
+last map to 1e-6 of the largest value, in double precision.
 """
 import argparse
 import contextlib
@@ -26,7 +23,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import knn
 import models
-import specific_distill_cls
+import predict
 import specific_distill_det
 import specific_distill_seg
 
@@ -42,11 +39,7 @@ def load_network(path, name, input_size):
         return specific_distill_seg.load_segmenter(path, classes, flags).backbone, None
     if 'head.weight' not in state:
         return knn.load_encoder(path, name, input_size)[0], None
-    name, size = name or trained.get('model'), input_size or trained.get('input_size', 224)
-    if name is None:
-        raise SystemExit(f'{path} does not name its network: give --model, e.g. vit_base_patch16')
-    numbers = range(len(state['head.weight']))
-    return specific_distill_cls.load_classifier(path, name, size, classes or numbers), classes
+    return predict.load_classifier(path, name, input_size)[0], classes
 
 
 def timm_recipe(network):

@@ -3,12 +3,11 @@
 Reads:  --checkpoint   of a specific_distill_*.py, or a public classifier (with --model)
         --images       files or folders; prepared as in evaluation, but first turned by their EXIF
                        orientation, as viewers do (evaluation of a stage does not)
-        --annotations  ground truth to draw beside: a COCO file for a detector; for a segmentation
-                       network a folder of label PNGs named as the images, or for one image a PNG
-Writes: --out          NAME.png, not of a classifier: a row per image, the image or its ground truth
-                       and the prediction; of more than 16 images the first ones
-        NAME_labels.png of a segmentation network, as in annotations/ of the training data; of
-        several images a folder NAME_labels
+        --annotations  ground truth to draw beside: of a detector a COCO file, of a segmentation
+                       network a folder of label PNGs named as the images
+Writes: --out          NAME.png, not of a classifier: a row for each of the first 16 images, of the
+                       image or its ground truth and the prediction
+        NAME_labels/   label PNGs of a segmentation network, as in the training data's annotations/
 Run:    python tools/predict.py --checkpoint runs/g2sd/checkpoint.pth --images horse.jpg
         python tools/predict.py --checkpoint runs/det_g2sd/checkpoint.pth --images a.jpg b.jpg \
         --annotations COCO/annotations/instances_val2017.json --out ab.png
@@ -70,9 +69,6 @@ def check_out(out, inputs):
         raise SystemExit(f'--out {out}: give a name that ends in .png')
     if out.exists() and any(Path(path).exists() and out.samefile(path) for path in inputs):
         raise SystemExit(f'{out} is one of the images or annotations: choose another --out')
-
-
-# ---- drawing -------------------------------------------------------------------------------------
 
 
 def class_colour(index):
@@ -146,11 +142,8 @@ def save_grid(out, panels, columns, legend=()):
     figure.savefig(out, bbox_inches='tight')
 
 
-# ---- classification ------------------------------------------------------------------------------
-
-
 def load_classifier(path, name=None, input_size=None):
-    """Checkpoint -> (classifier in eval mode on the CPU, its name, (height, width), class names).
+    """Checkpoint -> (classifier in eval mode on the CPU, (height, width), class names).
 
     name and input_size override the checkpoint's own; public files have none.
     """
@@ -165,7 +158,7 @@ def load_classifier(path, name=None, input_size=None):
                                  models.parse_name(name).patch)
     numbers = range(len(state['head.weight']))
     classes = checkpoint.get('classes') or [f'class {number}' for number in numbers]
-    return specific_distill_cls.load_classifier(path, name, size, classes), name, size, classes
+    return specific_distill_cls.load_classifier(path, name, size, classes), size, classes
 
 
 def classifier_input(image, input_size):
@@ -177,14 +170,11 @@ def classifier_input(image, input_size):
 @torch.no_grad()
 def show_classes(args, paths):
     """Yields for each image the lines of its --topk classes, and nothing to draw."""
-    model, _, size, classes = load_classifier(args.checkpoint, args.model, args.input_size)
+    model, size, classes = load_classifier(args.checkpoint, args.model, args.input_size)
     for path in paths:
         probabilities = model(classifier_input(read_image(path), size)[None])[0].softmax(dim=0)
         best = zip(*probabilities.topk(min(args.topk, len(classes))))
         yield [f'{100 * value:6.2f} %  {classes[index]}' for value, index in best], [], {}
-
-
-# ---- detection -----------------------------------------------------------------------------------
 
 
 def find_truth(coco, path):
@@ -246,19 +236,6 @@ def show_objects(args, paths, trained, classes):
         yield lines, [left, draw_coco(image, objects, classes)], {}
 
 
-# ---- segmentation --------------------------------------------------------------------------------
-
-
-def label_files(where, paths):
-    """Label PNG of each image: where itself, or in the folder where, under the image's name."""
-    files = [where / f'{path.stem}.png' for path in paths]
-    if where.suffix.lower() == '.png':
-        files = [where]
-    if len(set(files)) < len(paths):
-        raise SystemExit(f'{where}: give a folder of labels, and images that differ in their names')
-    return files
-
-
 def segment(model, image, short):
     """Image (3, H, W) uint8 -> (H, W) uint8, the class of each of its pixels from 0."""
     size = image.shape[1:]
@@ -270,9 +247,11 @@ def segment(model, image, short):
 @torch.no_grad()
 def show_segments(args, paths, trained, classes):
     """Yields for each image the lines of its classes, two panels, {name: RGB}; writes labels."""
-    ending = '.png' if len(paths) == 1 else ''
-    files = label_files(args.out.with_name(f'{args.out.stem}_labels{ending}'), paths)
-    true_files = label_files(Path(args.annotations), paths) if args.annotations else []
+    names = [f'{path.stem}.png' for path in paths]
+    if len(set(names)) < len(names):
+        raise SystemExit('two images have the same name but for the ending: rename one')
+    files = [args.out.with_name(f'{args.out.stem}_labels') / name for name in names]
+    true_files = [Path(args.annotations, name) for name in names if args.annotations]
     for file in files:
         check_out(file, [*paths, *true_files])
     model = specific_distill_seg.load_segmenter(args.checkpoint, classes, trained)
@@ -306,7 +285,7 @@ def get_args_parser():
                         help='classifier, detector or segmentation network, path or https URL')
     parser.add_argument('--images', nargs='+', required=True, help='image files or folders')
     parser.add_argument('--annotations', help='ground truth to draw beside, not of a classifier: COCO '
-                                              'file, or folder of label PNGs or one of them')
+                                              'file, or folder of label PNGs')
     parser.add_argument('--out', type=Path, help='picture to write, not of a classifier; by default '
                                                  'NAME_pred.png in the current folder')
     parser.add_argument('--score', type=float, default=0.5,
@@ -320,24 +299,22 @@ def get_args_parser():
 
 def main(args):
     paths, checkpoint = list_images(args.images), models.read_checkpoint(args.checkpoint)
-    state, show = models.flat_state_dict(checkpoint, args.checkpoint), None
+    state = models.flat_state_dict(checkpoint, args.checkpoint)
     trained, classes = models.own_args(checkpoint), checkpoint.get('classes')
-    if 'rpn.head.cls_logits.weight' in state:
-        show = show_objects
-    elif 'decode_head.conv_seg.weight' in state:
-        show = show_segments
-    if show is None:
-        if args.out or args.annotations:
-            raise SystemExit('a classifier draws no picture: leave out --out and --annotations')
-        results = show_classes(args, paths)
-    else:
+    is_detector = 'rpn.head.cls_logits.weight' in state
+    if is_detector or 'decode_head.conv_seg.weight' in state:
         if not trained or not classes:  # torchvision's detectors have the same names
             raise SystemExit(f'{args.checkpoint} holds no flags and classes: give a checkpoint of '
                              'specific_distill_det.py or specific_distill_seg.py')
         args.out = args.out or Path(f'{paths[0].stem}_pred.png')
         check_out(args.out, [*paths, args.annotations or ''])
         args.out.parent.mkdir(parents=True, exist_ok=True)
+        show = show_objects if is_detector else show_segments
         results = show(args, paths, argparse.Namespace(**{**trained, 'eval': True}), classes)
+    elif args.out or args.annotations:
+        raise SystemExit('a classifier draws no picture: leave out --out and --annotations')
+    else:
+        results = show_classes(args, paths)
     panels, legend = [], {}
     for path, (lines, pictures, colours) in zip(paths, results):
         for line in lines:

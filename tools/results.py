@@ -1,17 +1,15 @@
 """The paper's tables beside our own numbers, how each run went, curves and pictures, on one page.
 
 Reads:  FOLDER...   runs (--output_dir of a script), or folders with runs, up to three levels deep
-        One FOLDER with the Makefile's names makes the paper's tables, or any part of them:
+        The Makefile's names in one FOLDER make the paper's tables, or any part of them:
         teacher_{mae,cls,det,seg}   one of each for all seeds and tables
         seed<N>/   Table 2: generic, finetuned, g2sd, deit_distilled, deit. Table 3: det_finetuned,
-        det_g2sd, det_{deit, deit_distilled, deit_500, dino, ibot, scratch}. Tables 4 and 5:
+        det_g2sd, det_{deit, deit_distilled, deit_500, dino, ibot}. Tables 4 and 5:
         generic_X, finetuned_X, g2sd_X with X = recon, recon_gt, mask<ratio>, layer<block>.
         ADE20K: seg_finetuned, seg_g2sd
 Writes: results.md (also printed), curves.png; of one FOLDER pictures, too, if its data are there
 Run:    python tools/results.py runs/cifar10
         python tools/results.py my_run another_run --out comparison
-In the paper's tables a number counts when its run is finished, and it is the last epoch's (or
-round's), never the best: so do the paper's own.
 """
 import argparse
 import itertools
@@ -68,7 +66,6 @@ TABLES = (
         Row('DeiT-S 500e', ('det_deit_500',), '#2e7d32', 81.4, box=46.9, mask=41.6),
         Row('DINO-S 3200e', ('det_dino',), '#8e24aa', 82.0, box=49.1, mask=43.3),
         Row('iBOT-S 3200e', ('det_ibot',), '#00acc1', 82.3, box=49.7, mask=44.0),
-        Row('random weights (not in the paper)', ('det_scratch',), '#795548'),
         Row('G2SD-S w/o S.D', ('det_finetuned',), '#ef8f00', 82.0, box=49.9, mask=44.5),
         Row('G2SD-S', ('det_g2sd',), '#c62828', 82.5, box=50.6, mask=44.8))),
     Table('Table 4: targets of stage 1', {'top-1': 'test_acc1'}, (
@@ -98,23 +95,18 @@ TASKS = {'stage 1': 'mask_ratio', 'classification': 'distillation_type', 'detect
 COURSE = ('test_acc1', 'test_bbox_AP', 'test_mIoU', 'train_loss')  # the first one in a log is shown
 STAGE1 = {'target': 'feature', 'mask_ratio': 0.75, 'target_layer': None}  # others are shown
 NOTE = """Ours: percent, of finished runs, after the last epoch or round, never the best; mean ± sample
-standard deviation over n seeds. Time is that of training without evaluation: of both stages in
-Tables 2, 4 and 5, elsewhere of that stage alone; a teacher's has a row of its own. The paper's
-values: ViT-S (teacher ViT-B). It has no table of ADE20K; its abstract gives G2SD-S 99.3 % of the
-teacher's performance there.
+standard deviation over n seeds. Time is of training without evaluation: of both stages in Tables 2,
+4 and 5, elsewhere of that stage; a teacher's has its own row. The paper's values: ViT-S from ViT-B.
+It has no table of ADE20K; its abstract gives G2SD-S 99.3 % of the teacher's performance there.
 """
 HEALTH = """### Is a run healthy?
 
-Top-1, box AP, mIoU or, in stage 1, the loss in the course of each run, and the last of all values.
-In the paper's setting on ImageNet the loss is about 0.02 late in stage 1, and stage 2 begins with
-about 56 % after its first epoch; stuck at 0.2, then 36 %, means that the teacher's decoder was
-never loaded.
+Top-1, box AP, mIoU or, in stage 1, the loss of each run, and the last of all values. In the paper's
+setting on ImageNet the loss is about 0.02 late in stage 1, and stage 2 begins with about 56 % after
+its first epoch; stuck at 0.2, then 36 %, means that the teacher's decoder was never loaded.
 """
-CURVES = """Curves. Several seeds: the mean of the finished ones (of all, while none is), over the
-places that all of them have, in a band from the lowest to the highest. Dashed: a teacher's last
-value"""
-
-# ---- reading -------------------------------------------------------------------------------------
+CURVES = """Curves. Several seeds: the mean of the finished ones (of all, while none is) at places
+that all have, in a band from the lowest to the highest. Dashed: a teacher's last value"""
 
 
 class Run(NamedTuple):
@@ -138,11 +130,10 @@ class Run(NamedTuple):
 
 def read_run(folder, name=''):
     """The run in the folder, or None if there is none."""
-    if not (folder / 'args.json').exists():
-        return None
-    args = json.loads((folder / 'args.json').read_text())
+    path = folder / 'args.json'
+    args = json.loads(path.read_text()) if path.exists() else {}
     unit = 'epoch' if 'epochs' in args else 'iteration'
-    if f'{unit}s' not in args:  # another program's
+    if f'{unit}s' not in args:  # none, or another program's
         return None
     total = args[f'{unit}s']
     if total is None and (folder / 'checkpoint.pth').exists():  # a recipe decided it
@@ -173,7 +164,7 @@ def read_runs(folder, base):
 
 
 def read_row(runs, row):
-    """The row's runs, a list of its stages for each seed that has any; None for a missing stage."""
+    """The row's seeds: of each that has any the runs of its stages, None for a missing one."""
     seeds, found = {name.split('/')[0] for name in runs if re.match(r'seed\d+/', name)}, []
     for home in [''] if row.is_teacher else [f'{seed}/' for seed in sorted(seeds)]:
         stages = [runs.get(home + folder) for folder in row.folders]
@@ -196,9 +187,6 @@ def read_tables(runs):
                 others = {name: run for name, run in others.items() if run not in stages}
         seen |= last
     return tables, list(others.values())
-
-
-# ---- tables: `seeds` is what read_row gave, `rows` is {Row: seeds} -------------------------------
 
 
 def spread(values):
@@ -233,7 +221,7 @@ def write_table(headings, lines):
 
 
 def write_results(table, rows):
-    """A table of the paper with our numbers."""
+    """A table of the paper with our numbers; rows: {Row: what read_row gave}."""
     ended, times = {}, {}
     for row, seeds in rows.items():
         ended[row] = [stages for stages in seeds if stages[-1] and all(run.finished for run in stages if run)]
@@ -290,9 +278,6 @@ def write_runs(task, runs):
                         'test images', 'time', 'network', 'commit', 'processes'], lines)
 
 
-# ---- curves: a panel is (title, label of the x axis, {Row: [[(x, y), ...] of each seed]}) --------
-
-
 def curves_of(rows, key, stage=-1):
     """{Row: [points of each seed]} of a value in the logs, against all training of the student."""
     curves = {}
@@ -309,7 +294,7 @@ def curves_of(rows, key, stage=-1):
 
 
 def panels_of_table(table, rows):
-    """Two scores, or a score and the loss of stage 1."""
+    """Two scores, or one and the loss of stage 1: [(title, label of the x axis, curves), ...]."""
     name = table.title.split(':')[0]
     xlabel = 'epochs, all stages' if 'top-1' in table.ours else 'iterations'
     panels = [(f'{name}: {heading}, percent', xlabel, curves_of(rows, key))
@@ -367,7 +352,6 @@ def draw_curves(strips, path):
         figure.savefig(path)
 
 
-# ---- pictures ------------------------------------------------------------------------------------
 
 PICTURES = {  # file: caption, the run's folder, images and annotations below its --data_path, command
     'stage1.png': ('Stage 1: input, mask, the teacher\'s reconstruction, cosine', 'generic', 'val', None,

@@ -1,7 +1,6 @@
 """Draw small data sets of textured shapes, in the three layouts that the scripts read.
 
-A scene is a textured ground with circles, squares, triangles and stars, each filled with stripes,
-bands or checks. `make demo` and the tests train on such scenes, so neither needs a download:
+Circles, squares, triangles and stars, filled with stripes, bands or checks, on a textured ground:
 
     OUT/imagenet/{train,val}/<shape>_<texture>/*.png     12 classes, by a picture's largest object
     OUT/coco/{train,val}2017/*.jpg                       varied sizes; categories are the shapes
@@ -11,8 +10,7 @@ bands or checks. `make demo` and the tests train on such scenes, so neither need
     OUT/ade/classes.txt                                  a label and its name per line
 
 Run:    python tools/toy_data.py --out data/toy
-Needs numpy and Pillow. Picture i of a split depends on --seed, its size and i alone: a larger set
-only adds pictures, and the same flags give the same bytes (of one Pillow version).
+Picture i of a split depends on --seed, its size and i alone: a larger set only adds pictures.
 """
 import argparse
 import json
@@ -28,9 +26,8 @@ TEXTURES = ('stripes', 'bands', 'checks')  # upright, level, both; mirroring cha
 CLASSES = tuple(f'{shape}_{texture}' for shape in SHAPES for texture in TEXTURES)
 MAX_TILT = 0.25  # radians, of shapes and textures; with more a small ViT needs many more pictures
 CATEGORY_IDS = {'circle': 1, 'square': 3, 'triangle': 7, 'star': 8}  # with gaps, as COCO's
-GROUNDS = ('grass', 'sand', 'water')
-ADE_CLASSES = GROUNDS + ('pole',) + SHAPES  # label = index + 1
-GROUND_COLOURS = ((0.38, 0.56, 0.34), (0.68, 0.60, 0.44), (0.34, 0.48, 0.64))  # of GROUNDS
+GROUNDS = {'grass': (0.38, 0.56, 0.34), 'sand': (0.68, 0.60, 0.44), 'water': (0.34, 0.48, 0.64)}
+ADE_CLASSES = (*GROUNDS, 'pole', *SHAPES)  # label = index + 1
 SPLITS = {'train': 'training', 'val': 'validation'}  # ADE20K's names
 JPEG = {'quality': 95, 'subsampling': 0}  # without subsampling thin textures keep their colours
 
@@ -86,7 +83,7 @@ def draw_ground(rng, height, width):
     above, below = rng.choice(len(GROUNDS), size=2, replace=False)
     horizon = height * (rng.uniform(0.2, 0.8) + 0.15 * draw_clouds(rng, 1, width, 4))  # (1, W)
     labels = np.where(np.arange(height)[:, None] < horizon, above + 1, below + 1).astype(np.uint8)
-    image = np.array(GROUND_COLOURS)[labels - 1]
+    image = np.array(list(GROUNDS.values()))[labels - 1]
     ripples = 0.10 * draw_clouds(rng, height, width, 4) + 0.10 * draw_clouds(rng, height, width, 16)
     return image + ripples[:, :, None] + rng.uniform(-0.1, 0.1, size=3), labels
 
@@ -129,10 +126,9 @@ def draw_class(rng, size, name):
 def draw_scene(rng, height, width, count, crowd, pole):
     """(image (H, W, 3) uint8, labels (H, W) uint8, visible objects).
 
-    At most `count` objects, a crowd and a pole if asked. Objects keep clear of each other, and are
-    left out if they find no place; the pole stands in front, and the picture's border may cut them.
-    What can be seen of an object is its mask (H, W) and its polygons (P, 2), xy in pixels: two where
-    the pole stands in front, none of a crowd. Up to two patches of ground are unlabelled (0).
+    At most `count` objects that keep clear of each other, a crowd and a pole in front if asked. Of
+    an object its visible mask (H, W) and polygons (P, 2), xy in pixels: two where the pole stands in
+    front, none of a crowd. Up to two patches of ground are unlabelled (0).
     """
     image, labels = draw_ground(rng, height, width)
     short, taken, objects = min(height, width), [], []
@@ -265,14 +261,12 @@ def get_args_parser():
     parser.add_argument('--out', type=Path, required=True, help='folder to write to')
     parser.add_argument('--only', nargs='+', choices=WRITERS, default=list(WRITERS), help='sets')
     parser.add_argument('--seed', type=int, default=0, help='another seed draws other pictures')
-    group = parser.add_argument_group('imagenet')
-    group.add_argument('--size', type=int, default=48, help='side of a picture, 16 pixels at least')
-    group.add_argument('--train', type=int, default=1200, help='training pictures, 12 at least')
-    group.add_argument('--val', type=int, default=600, help='validation pictures, 12 at least')
-    group = parser.add_argument_group('coco and ade (the same scenes)')
-    group.add_argument('--scene_size', type=int, default=128, help='mean side, 64 pixels at least')
-    group.add_argument('--scenes', type=int, default=64, help='training scenes, 3 at least')
-    group.add_argument('--val_scenes', type=int, default=32, help='validation scenes, 3 at least')
+    parser.add_argument('--size', type=int, default=48, help='imagenet: side, 16 pixels at least')
+    parser.add_argument('--train', type=int, default=1200, help='imagenet: pictures, 12 at least')
+    parser.add_argument('--val', type=int, default=600, help='imagenet: pictures, 12 at least')
+    parser.add_argument('--scene_size', type=int, default=128, help='coco, ade: mean side, from 64')
+    parser.add_argument('--scenes', type=int, default=64, help='coco, ade: scenes, 3 at least')
+    parser.add_argument('--val_scenes', type=int, default=32, help='coco, ade: scenes, 3 at least')
     return parser
 
 

@@ -1,14 +1,13 @@
 """Pictures of stage 1: what the encoder saw, reconstructions, and how near student and teacher are.
 
 Reads:  --checkpoint   checkpoint.pth of generic_distill.py: a student, or an MAE of --target pixel
-        --teacher_path --teacher_model   of a student; by default those that it was trained with
+        --teacher_path   of a student; by default the one that it was trained with
         --images       image files; resized and cropped as in stage 2's evaluation
 Writes: --out, one row per image:
         --target feature          input, masked, the teacher's reconstruction, cosine per patch
         --target recon, recon_gt  input, masked, the teacher's and the student's reconstruction
         --target pixel            input, masked, its reconstruction
 Run:    python tools/visualize.py --checkpoint runs/generic/checkpoint.pth --images *.jpg --out a.png
-Visible patches of a reconstruction are pasted from the input: training asks for hidden ones alone.
 """
 import argparse
 import sys
@@ -23,7 +22,7 @@ import models
 from predict import check_out, classifier_input, read_image
 
 
-def load_stage1(path, teacher_path=None, teacher_model=None):
+def load_stage1(path, teacher_path=None):
     """(student or MAE, its teacher or None, flags of the run): in eval mode, on the CPU.
 
     args.norm_pix_loss becomes that of the network which makes the reconstructions.
@@ -37,7 +36,7 @@ def load_stage1(path, teacher_path=None, teacher_model=None):
         trained = models.own_args(models.read_checkpoint(teacher_path))
         # a teacher of ours knows its pixel space; of another the student's flag tells it
         args.norm_pix_loss = trained.get('norm_pix_loss', args.norm_pix_loss)
-        teacher = models.create_mae(teacher_model or args.teacher_model, args.input_size)
+        teacher = models.create_mae(args.teacher_model, args.input_size)
         models.load_teacher(teacher, teacher_path)
         target_dim = teacher.decoder_dim if args.target == 'feature' else teacher.pixel_dim
     model = models.create_mae(args.model, args.input_size, target_dim)
@@ -74,28 +73,23 @@ def make_columns(model, teacher, args, images, masking):
     pixels = model.patchify(images)
     hidden = model.unpatchify(pixels * (1 - masking.mask[:, :, None]))  # grey: ImageNet's mean
     columns = [('input', to_pixels(images)), (f'masked {args.mask_ratio:.0%}', to_pixels(hidden))]
-
-    def add_reconstruction(caption, network):
+    networks = {'reconstruction': model}
+    if args.target != 'pixel':
+        networks = {'teacher\'s reconstruction': teacher}
+    if args.target in ('recon', 'recon_gt'):
+        networks['student\'s reconstruction'] = lambda *inputs: model(*inputs)[:, 1:]
+    for caption, network in networks.items():
         pred = paste(network(images, masking), pixels, masking.mask, args.norm_pix_loss)
         columns.append((caption, to_pixels(model.unpatchify(pred))))
-
-    if args.target == 'pixel':
-        add_reconstruction('reconstruction', model)
-        return columns
-    add_reconstruction('teacher\'s reconstruction', teacher)
-    if args.target != 'feature':
-        add_reconstruction('student\'s reconstruction', lambda *inputs: model(*inputs)[:, 1:])
-        return columns
-    cosines = cosine_map(model, teacher, images, masking, args.target_layer)
-    cosines = cosines[:, 1:].reshape(-1, *model.patch_embed.grid_size)
-    return [*columns, ('student-teacher cosine', cosines.numpy())]
+    if args.target == 'feature':
+        cosines = cosine_map(model, teacher, images, masking, args.target_layer)[:, 1:]
+        cosines = cosines.reshape(-1, *model.patch_embed.grid_size)
+        columns.append(('student-teacher cosine', cosines.numpy()))
+    return columns
 
 
 def save_panels(out, columns, names, lines, note):
-    """Writes the picture: captions, a row per image with its name and line below, a note under all.
-
-    columns: see `make_columns`; names, lines: N texts, below the first and the last column.
-    """
+    """Writes columns (see `make_columns`), names below the first, lines below the last, a note."""
     _, height, width, *_ = columns[0][1].shape
     row = 2.4 * height / width + 0.3  # inches
     size = 2.4 * len(columns) + 0.6, row * len(names) + 0.9
@@ -122,7 +116,6 @@ def get_args_parser():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--checkpoint', required=True, help='path or https URL')
     parser.add_argument('--teacher_path', help='its checkpoint; by default as in training')
-    parser.add_argument('--teacher_model', help='name of the teacher; by default as in training')
     parser.add_argument('--images', nargs='+', required=True, help='image files')
     parser.add_argument('--out', required=True, type=Path, help='picture to write')
     parser.add_argument('--mask_ratio', type=float,
@@ -133,7 +126,7 @@ def get_args_parser():
 
 def main(args):
     check_out(args.out, args.images)
-    model, teacher, trained = load_stage1(args.checkpoint, args.teacher_path, args.teacher_model)
+    model, teacher, trained = load_stage1(args.checkpoint, args.teacher_path)
     trained.mask_ratio = trained.mask_ratio if args.mask_ratio is None else args.mask_ratio
     images = [classifier_input(read_image(path), trained.input_size) for path in args.images]
     generator = torch.Generator().manual_seed(args.seed)
