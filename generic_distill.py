@@ -136,15 +136,15 @@ def build_data(args, num_patches):
     transform = CropAndNoise(args.input_size, num_patches)
     if args.data_set == 'folder':
         root = Path(args.data_path or '')
-        if (root / 'train').is_dir():
-            root = root / 'train'
         if not args.data_path or not root.is_dir():
             raise SystemExit(f'--data_path {args.data_path}: give a folder of images')
-        # of COCO, ADE20K ...: images of validation, or labels; valley/ is a class
+        # the root of COCO, ADE20K ... holds images of validation, and labels; valley/ is a class
         folders = [path for path in sorted([*root.glob('*'), *root.glob('images/*')]) if path.is_dir()]
         pattern = re.compile(r'(val|validation|test|annotations)\d*', re.I)
         other = [path for path in folders if pattern.fullmatch(path.name)]
-        if other:
+        if (root / 'train').is_dir():
+            root = root / 'train'
+        elif other:
             inner = [path for path in folders if re.match('train|images$', path.name, re.I)]
             hint = inner[-1] if inner else 'the folder of the training images'
             raise SystemExit(f'--data_path {root} holds {other[0].relative_to(root)}/, too: give {hint}')
