@@ -201,6 +201,8 @@ def read_coco(path, is_train):
         elif is_train and crowd:
             left_out['crowds'] += 1
         elif is_train and min(width, height) == 0:
+            if not left_out['with an empty box']:
+                print(f'{name} has an empty box, {entry["bbox"]}')
             left_out['with an empty box'] += 1
         else:
             if min(width, height) > 0:

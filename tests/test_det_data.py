@@ -384,6 +384,7 @@ def test_what_cannot_be_trained_on_is_left_out_and_counted(tmp_path, capsys):
     line = capsys.readouterr().out
     train, val = line.split(' used, ')
     assert '1 of 5 images' in train and '2 of 7 objects' in train
+    assert 'has an empty box, [3, 3, 0, 9]' in line
     for words in ('2 crowds', '2 without a polygon', '1 with an empty box'):
         assert words in val.split(';')[0]
     assert '5 images with 3 objects to evaluate on, left out: 2 without a polygon, 2 crowds' in val
