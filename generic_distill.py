@@ -138,16 +138,17 @@ def build_data(args, num_patches):
         root = Path(args.data_path or '')
         if not args.data_path or not root.is_dir():
             raise SystemExit(f'--data_path {args.data_path}: give a folder of images')
-        # the root of COCO, ADE20K ... holds images of validation, and labels; valley/ is a class
-        folders = [path for path in sorted([*root.glob('*'), *root.glob('images/*')]) if path.is_dir()]
-        pattern = re.compile(r'(val|validation|test|annotations)\d*', re.I)
-        other = [path for path in folders if pattern.fullmatch(path.name)]
+        # beside the training images: of validation, of test, or labels (COCO, ADE20K, Places365)
+        names = sorted(next(os.walk(root))[1])
+        names += [f'images/{name}' for name in sorted(next(os.walk(root / 'images'), ('', ()))[1])]
+        pattern = re.compile(r'(images/)?(val(id(ation)?)?|test)([\d_-].*)?|(images/)?annotations', re.I)
+        other = [name for name in names if pattern.fullmatch(name)]
         if (root / 'train').is_dir():
             root = root / 'train'
         elif other:
-            inner = [path for path in folders if re.match('train|images$', path.name, re.I)]
-            hint = inner[-1] if inner else 'the folder of the training images'
-            raise SystemExit(f'--data_path {root} holds {other[0].relative_to(root)}/, too: give {hint}')
+            inner = [name for name in names if re.match('(images/)?train|images$', name, re.I)]
+            hint = root / inner[-1] if inner else 'the folder of the training images'
+            raise SystemExit(f'--data_path {root} holds {other[0]}/, too: give {hint}')
         try:
             dataset = FlatFolder(root, transform, loader=models.read_rgb)
         except FileNotFoundError as error:

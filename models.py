@@ -446,7 +446,8 @@ def fit_positions(model, state_dict, path, flags):
             done.append(f'{key} {old_grid[0]}x{old_grid[1]} -> {grid[0]}x{grid[1]}')
         if prefix == 0:
             table, prefix = F.pad(table, (0, 0, 1, 0)), 1
-            done.append(f'{key}: zero position for the class token')
+            if own.ndim == 3:
+                done.append(f'{key}: zero position for the class token')
         if own.ndim == 4:
             table = table[:, prefix:].unflatten(1, grid)
         elif own.shape[1] > table.shape[1]:

@@ -152,13 +152,10 @@ def segmentation_box(segmentation):
 
 def box_iou(box, other):
     """Intersection over union of two boxes, xywh."""
-    sides = []
-    for axis in (0, 1):
-        low = max(box[axis], other[axis])
-        high = min(box[axis] + box[axis + 2], other[axis] + other[axis + 2])
-        sides.append(max(0, high - low))
-    both = sides[0] * sides[1]
-    return both / (box[2] * box[3] + other[2] * other[3] - both)
+    shared = 1.0
+    for low, other_low, side, other_side in zip(box[:2], other[:2], box[2:], other[2:]):
+        shared *= max(0.0, min(low + side, other_low + other_side) - max(low, other_low))
+    return shared / (box[2] * box[3] + other[2] * other[3] - shared)
 
 
 def read_coco(path, is_train):
@@ -177,7 +174,7 @@ def read_coco(path, is_train):
     annotations, left_out, unlike = [], Counter(), []
     images = {image['id'] for image in coco['images']}
     categories = {category['id'] for category in coco['categories']}
-    for number, entry in enumerate(content.get('annotations', ()), 1):
+    for number, entry in enumerate(content.get('annotations') or (), 1):
         name = f'{path}: annotation {entry.get("id")}'
         if entry['category_id'] not in categories:
             raise SystemExit(f'{name} has the unknown category {entry["category_id"]}')
@@ -186,8 +183,8 @@ def read_coco(path, is_train):
             raise SystemExit(f'{name} has the box {entry["bbox"]}: boxes are x, y, width, height')
         crowd, shape = int(entry.get('iscrowd') or 0), entry.get('segmentation') or []
         if isinstance(shape, list):  # not run lengths
-            if len(shape) > 2 and all(len(point) == 2 for point in shape):  # one, as [x, y] pairs
-                shape = [shape]
+            if not any(isinstance(part, list) and len(part) > 2 for part in shape):
+                shape = [shape]  # one polygon, written as [x, y] pairs or as numbers
             if any(isinstance(polygon[0], list) for polygon in shape if polygon):  # pairs, too
                 shape = [np.ravel(polygon).tolist() for polygon in shape]
             if any(len(polygon) % 2 for polygon in shape):
@@ -250,12 +247,13 @@ def crop_object(segmentation, size, part, new_size):
         if isinstance(segmentation['counts'], list):
             segmentation = coco_mask.frPyObjects(segmentation, *size)
         seen = coco_mask.decode(segmentation)[top:top + height, left:left + width]
-        corners = np.argwhere(seen)[:, ::-1]
-        corners = np.concatenate([corners, corners + 1]) * scale
+        columns, rows = seen.any(axis=0).nonzero()[0], seen.any(axis=1).nonzero()[0]
+        corners = [np.append(places[:1], places[-1:] + 1) for places in (columns, rows)]
+        corners = np.stack(corners, axis=1) * scale
     else:
         polygons = [(np.reshape(polygon, (-1, 2)) - (left, top)) * scale for polygon in segmentation]
         parts = [clip_polygon(polygon, *new_size[::-1]) for polygon in polygons]
-        # of a part that only touches the border a line is left
+        # a part that only touches the border is clipped to a line
         parts = [part for part in parts if len(part) and min(np.ptp(part, axis=0)) > 0]
         corners = np.concatenate(parts or [np.zeros((0, 2))])
     if not len(corners):
@@ -273,12 +271,12 @@ def crop_object(segmentation, size, part, new_size):
         quarters = fine[::2, ::2] + fine[1::2, ::2] + fine[::2, 1::2] + fine[1::2, 1::2]
         mask = np.zeros(new_size, np.uint8)
         mask[y0:y1, x0:x1] = (255 * quarters + 2) // 4
-        # the cut leads a concave outline over corners of the image that are not in it
+        # clipping a concave outline may add corners of the image that lie outside the object
         limits = np.array(new_size[::-1])
         at_corner = ((corners == 0) | (corners == limits)).all(axis=1)
         columns, rows = np.minimum(corners, limits - 1).astype(int).T
         corners = corners[~at_corner | (mask[rows, columns] > 0)]
-    if not mask.any():
+    if not mask.any() or not len(corners) or min(np.ptp(corners, axis=0)) <= 0:
         return None, None
     return mask, np.concatenate([corners.min(axis=0), corners.max(axis=0)])
 
@@ -372,8 +370,8 @@ class CocoDataset(torch.utils.data.Dataset):
                     boxes.append(box)
                     labels.append(self.labels[entry['category_id']])
                     masks.append(mask)
-        boxes = torch.tensor(np.array(boxes), dtype=torch.float32).reshape(-1, 4)
-        masks = torch.tensor(np.array(masks), dtype=torch.uint8).reshape(-1, *new_size)
+        boxes = torch.from_numpy(np.array(boxes, np.float32).reshape(-1, 4))
+        masks = torch.from_numpy(np.array(masks, np.uint8).reshape(-1, *new_size))
         if flip:
             pixels, masks = pixels.flip(-1), masks.flip(-1)
             boxes[:, [0, 2]] = new_size[1] - boxes[:, [2, 0]]
@@ -741,7 +739,7 @@ def load_detector(path, classes, args, name=None):
 
 
 def box_loss(class_logits, deltas, labels, targets):
-    """Of the box head: (cross-entropy, L1 of the boxes over the number of regions), as ViTDet.
+    """Losses of the box head: cross-entropy, and L1 over the number of regions, as in ViTDet.
 
     class_logits: (K, 1+C); deltas: (K, 4*(1+C)); labels, from 0 = background, and targets, (K_i,)
     and (K_i, 4), by image.
@@ -754,20 +752,21 @@ def box_loss(class_logits, deltas, labels, targets):
 
 
 def rpn_loss(sampler, logits, deltas, labels, targets):
-    """Of the RPN, of its sampled anchors: (cross-entropy, L1 of the boxes), as ViTDet.
+    """Losses of the RPN: cross-entropy, and L1 over the number of sampled anchors, as in ViTDet.
 
-    sampler: chooses anchors; logits (K, 1), deltas (K, 4); labels (1 object, 0 ground, -1 neither)
+    sampler: chooses anchors; logits (K, 1), deltas (K, 4); labels (1 object, 0 background, -1 neither)
     and targets (K_i,), (K_i, 4) by image.
     """
-    objects, grounds = (torch.cat(chosen).nonzero()[:, 0] for chosen in sampler(labels))
-    labels, targets, sampled = torch.cat(labels), torch.cat(targets), torch.cat([objects, grounds])
+    objects, backgrounds = (torch.cat(chosen).nonzero()[:, 0] for chosen in sampler(labels))
+    labels, targets = torch.cat(labels), torch.cat(targets)
+    sampled = torch.cat([objects, backgrounds])
     entropy = F.binary_cross_entropy_with_logits(logits.flatten()[sampled], labels[sampled])
     distance = F.l1_loss(deltas[objects], targets[objects], reduction='sum')
     return entropy, distance / sampled.numel()
 
 
 def mask_loss(logits, boxes, masks, labels, matches):
-    """Of the mask head: binary cross-entropy of the class's map (K, 1+C, M, M) inside each box.
+    """Loss of the mask head: binary cross-entropy of the class's map (K, 1+C, M, M) in each box.
 
     By image: boxes (K_i, 4), true masks (G_i, H, W) of 0 to 255 and labels (G_i,), and each box's
     object (K_i,). The target is the mask's pixel-aligned RoIAlign at the box, at least one half, as

@@ -153,9 +153,8 @@ def read_label(path, reduce_zero_label):
         raise models.DataError(f'cannot read {path} ({image.format}, mode {image.mode}): labels are '
                                'PNGs of single bytes')
     label = torch.from_numpy(np.array(image, np.uint8))
-    bits = path.read_bytes()[24]  # of a PNG's values
-    if image.mode == 'L' and bits < 8:  # Pillow scales them up to 255
-        label = label // (255 // (2 ** bits - 1))
+    if image.mode == 'L':  # Pillow scales values of fewer bits than 8; a PNG's byte 24 has their number
+        label = label // (255 // (2 ** path.read_bytes()[24] - 1))
     if reduce_zero_label:
         label = torch.where(label == IGNORE, label, label - 1)  # in bytes 0 - 1 is 255
     return label
@@ -191,7 +190,8 @@ def read_classes(args, counts):
                     names[int(match[1])] = match[2]
             if not names:
                 raise SystemExit(f'{path} has no line with a value and a name, such as `1 wall`')
-            if first and not re.match('ignore|void|unlabel', names.get(0, 'ignored'), re.I):
+            # a name such as `0 unlabelled` says itself that it is ignored
+            if first and 0 in names and not re.match('ignore|void|unlabel', names[0], re.I):
                 raise SystemExit(f'{path} names label 0, {names[0]}, which --reduce_zero_label '
                                  'ignores: give --no-reduce_zero_label, or take the line out')
     if number is None and names:
@@ -316,6 +316,9 @@ def build_data(args):
         print(f'reading {len(train_pairs) + len(val_pairs)} labels')
         counts, val_counts = count_labels(train_pairs, args), count_labels(val_pairs, args)
     classes = read_classes(args, counts + val_counts)
+    if not args.eval and not (counts[:IGNORE].any() and val_counts[:IGNORE].any()):
+        raise SystemExit(f'{args.data_path}: all pixels of a split are ignored; 255 always is, see '
+                         'also --reduce_zero_label')
     left_out = f'; left out: {unused} labels without an image' if unused else ''
     print(f'data: {len(train_pairs)} training images, {len(val_pairs)} to evaluate on, in '
           f'{args.data_path}; {models.count_classes(classes)}{left_out}')

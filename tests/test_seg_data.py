@@ -148,7 +148,8 @@ def test_classes_come_from_the_flag_the_files_or_the_largest_label(case, tmp_pat
     (None, [0], [], '^0 classes'), (None, [0, 1], [], '^1 classes'), (None, [254], [FROM_0], '^255 classes'),
     ('1 sky\n2 road\n3 sky\n', [1], [], '^3 classes of 2 names'),
     ('0 rest\n1 sky\n2 road\n', [1], [], r'classes\.txt names label 0, rest.*--no-reduce_zero_label'),
-    ('sky\nroad\n', [1], [], r'classes\.txt has no line with a value and a name')])
+    ('sky\nroad\n', [1], [], r'classes\.txt has no line with a value and a name'),
+    ('1 sky\n2 road\n', [1], [], 'all pixels of a split are ignored')])
 def test_classes_that_cannot_be_are_refused(names, labels, flags, message, tmp_path):
     """No class, one, more than 254, a name twice, a name for label 0, which is ignored, no values."""
     write_set(tmp_path, training=labels, validation=[0])
