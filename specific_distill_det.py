@@ -754,8 +754,8 @@ def box_loss(class_logits, deltas, labels, targets):
 def rpn_loss(sampler, logits, deltas, labels, targets):
     """Losses of the RPN: cross-entropy, and L1 over the number of sampled anchors, as in ViTDet.
 
-    sampler: chooses anchors; logits (K, 1), deltas (K, 4); labels (1 object, 0 background, -1 neither)
-    and targets (K_i,), (K_i, 4) by image.
+    sampler: chooses anchors; logits (K, 1), deltas (K, 4); by image labels (K_i,), 1 = object,
+    0 = background, -1 = neither, and targets (K_i, 4).
     """
     objects, backgrounds = (torch.cat(chosen).nonzero()[:, 0] for chosen in sampler(labels))
     labels, targets = torch.cat(labels), torch.cat(targets)
