@@ -11,6 +11,7 @@ CPU:     python tools/toy_data.py --out toy --only imagenet
 Writes:  output_dir/checkpoint.pth (for --finetune of stage 2), log.txt (JSON per epoch), args.json
 `--target pixel` is MAE itself: so a teacher for your own data is made. Distil that one with the same
 command, `--teacher_path output_dir/checkpoint.pth --output_dir student` in place of `--target pixel`.
+With `--init mae_pretrain_vit_base_full.pth` it goes on from MAE's weights on your images.
 """
 import argparse
 import contextlib
@@ -70,6 +71,8 @@ def get_args_parser():
 
     group = parser.add_argument_group('model')
     group.add_argument('--model', default='mae_vit_small_patch16_dec256d4b', help='network to train')
+    group.add_argument('--init', help='checkpoint to start from, path or https URL: a complete MAE '
+                                      'with --target pixel, else a student of stage 1')
     group.add_argument('--input_size', type=int, nargs='+', default=[224],
                        help='pixels: one side, or height and width')
 
@@ -426,8 +429,10 @@ def main(args):
         teacher = models.load_teacher(teacher, args.teacher_path).to(device)
         target_dim = teacher.decoder_dim if args.target == 'feature' else teacher.pixel_dim
     # 4. student
-    model_without_ddp = models.create_mae(args.model, args.input_size, target_dim).to(device)
-    model = model_without_ddp
+    model_without_ddp = models.create_mae(args.model, args.input_size, target_dim)
+    if args.init:
+        models.load_weights(model_without_ddp, args.init)
+    model = model_without_ddp.to(device)
     if args.compile:
         model.compile()
         if teacher is not None:

@@ -375,8 +375,8 @@ def own_args(checkpoint):
     return stored if ours else {}
 
 
-def flat_state_dict(checkpoint, path):
-    """What `read_checkpoint` gave -> flat state dict in timm/MAE names; see `load_checkpoint`."""
+def find_state_dict(checkpoint, path):
+    """What `read_checkpoint` gave -> the dict of tensors in it, under the names of the file."""
     state = checkpoint
     for key in ('model', 'state_dict', 'teacher', 'student'):
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
@@ -385,6 +385,12 @@ def flat_state_dict(checkpoint, path):
     tensors = [torch.is_tensor(value) for value in state.values()] if isinstance(state, dict) else []
     if not tensors or not all(tensors):
         raise SystemExit(f'{path} holds no state dict, a dict of tensors by name')
+    return state
+
+
+def flat_state_dict(checkpoint, path):
+    """What `read_checkpoint` gave -> flat state dict in timm/MAE names; see `load_checkpoint`."""
+    state = find_state_dict(checkpoint, path)
     if any('patch_embeddings.projection' in key for key in state):
         state = from_hugging_face(state)
     # module., backbone., _orig_mod., encoder. ...: whatever stands before the patch projection
@@ -468,8 +474,8 @@ def load_strictly(model, state_dict, path):
         raise SystemExit(f'{path} was made by another architecture: {reasons}') from error
 
 
-def load_teacher(model, path):
-    """Loads a teacher strictly, positions resized if need be; returns it frozen and in eval mode.
+def load_weights(model, path):
+    """Loads all weights of a model strictly, positions resized if need be; prints what it loaded.
 
     An encoder-only MAE in stage 1 is what users of the authors' code report: it is named.
     """
@@ -480,6 +486,11 @@ def load_teacher(model, path):
     resized = fit_positions(model, state_dict, path, own_args(checkpoint))
     load_strictly(model, state_dict, path)
     print('; '.join([f'loaded {len(state_dict)} tensors of {path}', *resized]))
+
+
+def load_teacher(model, path):
+    """`load_weights`; returns the model frozen and in eval mode."""
+    load_weights(model, path)
     return model.requires_grad_(False).eval()
 
 

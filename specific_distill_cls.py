@@ -57,7 +57,7 @@ def get_args_parser():
         allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group('distillation')
     group.add_argument('--teacher_model', help='by default the one that its checkpoint names, else '
-                                               'vit_base_patch16')
+                                               'vit_base_patch16; timm/NAME: any timm classifier')
     group.add_argument('--teacher_path', help='its file or https URL; without it, labels alone')
     group.add_argument('--distillation_type', default='hard', choices=['hard', 'soft', 'none'],
                        help='the teacher gives its top class or distribution; none: no teacher')
@@ -211,6 +211,41 @@ def load_classifier(path, name, img_size, classes):
     model = models.create_vit(name, num_classes, img_size, distilled='head_dist.weight' in state,
                               global_pool='fc_norm.weight' in state)
     return models.load_teacher(model, path)
+
+
+class TimmTeacher(torch.nn.Module):
+    """A timm classifier as teacher, frozen: ImageNet-normalised images (N, 3, H, W) -> logits (N, C).
+
+    The images are brought to the input size, mean and std of the model's config in timm.
+    """
+
+    def __init__(self, name, path, classes):
+        super().__init__()
+        try:
+            self.model = timm.create_model(name, num_classes=len(classes))
+        except RuntimeError as error:
+            raise SystemExit(f'--teacher_model timm/{name}: {error}: see timm.list_models()') from error
+        state = models.find_state_dict(models.read_checkpoint(path), path)
+        state = timm.models.clean_state_dict(state)
+        head = self.model.pretrained_cfg['classifier']
+        head = state.get(f'{head if isinstance(head, str) else head[0]}.weight', classes)
+        if len(head) != len(classes):
+            raise SystemExit(f'{path} has {len(head)} classes, the data has {len(classes)}')
+        models.load_strictly(self.model, state, path)
+        config = timm.data.resolve_model_data_config(self.model)
+        self.input_size = config['input_size'][1:]
+        mean, std = models.image_statistics(torch.device('cpu'))  # what the images have
+        own_mean, own_std = (torch.tensor(config[name])[:, None, None] for name in ('mean', 'std'))
+        self.register_buffer('scale', std / own_std)
+        self.register_buffer('shift', (mean - own_mean) / own_std)
+        self.requires_grad_(False).eval()
+        print(f'teacher: timm/{name}, {self.input_size} pixels, mean {config["mean"]}, std '
+              f'{config["std"]}, {len(state)} tensors of {path}')
+
+    def forward(self, images):
+        if images.shape[-2:] != self.input_size:
+            images = F.interpolate(images, self.input_size, mode='bicubic', antialias=True)
+        return self.model(images * self.scale + self.shift)
 
 
 # ---- losses --------------------------------------------------------------------------------------
@@ -442,6 +477,8 @@ def write_log(args, line):
 def main(args):
     # 1. processes, device, seed, recipe
     device, given = setup(args)
+    if args.teacher_model and not args.teacher_path:
+        raise SystemExit(f'--teacher_model {args.teacher_model} needs --teacher_path, its checkpoint')
     if args.distillation_type == 'none':
         args.teacher_path = None
     if args.global_pool and args.teacher_path:
@@ -466,7 +503,11 @@ def main(args):
     if args.teacher_path and not args.eval:
         flags = models.own_args(models.read_checkpoint(args.teacher_path))
         args.teacher_model = args.teacher_model or flags.get('model', 'vit_base_patch16')
-        teacher = load_classifier(args.teacher_path, args.teacher_model, args.input_size, classes)
+        if args.teacher_model.startswith('timm/'):
+            teacher = TimmTeacher(args.teacher_model[5:], args.teacher_path, classes)
+        else:
+            teacher = load_classifier(
+                args.teacher_path, args.teacher_model, args.input_size, classes)
         teacher.to(device)
     # 4. student
     if args.eval:

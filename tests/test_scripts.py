@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torchvision
 from PIL import Image
@@ -139,6 +140,31 @@ def test_stage_2_starts_from_the_encoder_of_stage_1(script, data, chain, tmp_pat
     for key in ('patch_embed.proj.weight', 'blocks.1.mlp.fc2.weight', 'blocks.0.attn.qkv.weight'):
         match = [value for name, value in started.items() if name.endswith(key)]
         assert len(match) == 1 and torch.equal(match[0], student[key])
+
+
+@pytest.mark.parametrize('name, flags', [('mae', '--target pixel --model mae_vit_nano_patch8'),
+                                         ('feature', '--teacher_path {mae}')])
+def test_stage_1_goes_on_from_a_file_with_a_new_optimizer(name, flags, data, chain, tmp_path, capsys):
+    """--init: at a learning rate of 0 all weights, decoder and feature head too, end as the file's."""
+    flags = f'{flags} --init {{{name}}} --lr 0 --min_lr 0'.format(**chain.paths)
+    train(GENERIC, data, tmp_path, flags)
+    stored, ended = checkpoint_of(chain.folder / name), checkpoint_of(tmp_path)
+    assert largest_difference(ended['model'], stored['model']) == 0
+    updates = {int(state['step']) for state in ended['optimizer']['state'].values()}
+    assert updates == {12} and ended['epoch'] == 1  # of this run alone
+    assert f'loaded {len(stored["model"])} tensors of {chain.paths[name]}' in capsys.readouterr().out
+
+
+def test_stage_1_goes_on_at_another_input_size(data, chain, tmp_path, capsys):
+    """--init: both tables of positions are resized."""
+    train(GENERIC, data, tmp_path, '--target pixel --model mae_vit_nano_patch8 --input_size 32 48',
+          '--lr 0 --min_lr 0 --init', chain.paths['mae'])
+    ended, stored = checkpoint_of(tmp_path)['model'], checkpoint_of(chain.folder / 'mae')['model']
+    for name in ('pos_embed', 'decoder_pos_embed'):
+        maps = stored[name][0, 1:].reshape(1, 2, 2, -1).permute(0, 3, 1, 2)
+        expected = torch.nn.functional.interpolate(maps, (4, 6), mode='bicubic')[0].flatten(1).T
+        torch.testing.assert_close(ended[name][0, 1:], expected, atol=1e-6, rtol=0)
+    assert 'pos_embed 2x2 -> 4x6' in capsys.readouterr().out
 
 
 def test_teacher_mask_and_supervision_decide_the_loss_of_stage_1(data, chain, tmp_path):
@@ -291,6 +317,7 @@ def files(data, chain, tmp_path_factory):
     torch.save({'model': encoder}, folder / 'mae_pretrain_vit_base.pth')
     torch.save({'model': whole, 'code': pytest.fail}, folder / 'code.pth')
     torch.save(checkpoint_of(chain.folder / 'teacher')['model'], folder / 'bare.pth')
+    torch.save(timm.create_model('test_vit', num_classes=7).state_dict(), folder / 'timm.pth')
     (folder / 'truncated.pth').write_bytes(chain.paths['mae'].read_bytes()[:-5000])
     for split, name in ('train', 'bee'), ('val', 'cat'):
         draw_images(folder, f'two/{split}/ant two/{split}/bee unequal/{split}/ant unequal/{split}/{name} '
@@ -322,11 +349,22 @@ ERRORS = {
     'a student as teacher': (GENERIC, '--teacher_path {feature}', 'another architecture.*decoder_norm'),
     'a block behind the last': (GENERIC, '--teacher_path {mae} --target_layer 3', 'blocks 1 to 2'),
     'a teacher for pixels': (GENERIC, '--target pixel --teacher_path {mae}', 'leave out --teacher_path'),
+    'a start without a decoder': (GENERIC, '--target pixel --model mae_vit_nano_patch8 --init {encoder}',
+                                  r'mae_pretrain_vit_base\.pth has no decoder.*mae_pretrain_vit_base_full\.pth'),
+    'a start of another size': (GENERIC, '--target pixel --init {mae}', 'another architecture'),
+    'a student that starts from MAE': (
+        GENERIC, '--teacher_path {mae} --model mae_vit_nano_patch8 --init {mae}', 'another architecture.*feature_head'),
     'a classifier in stage 1': (GENERIC, '--target pixel --model vit_pico_patch8', 'mae_vit_SIZE_patchP'),
     'a teacher without a head': (CLS, '--teacher_path {mae}', 'no classification head'),
     'a teacher of other classes': (CLS, f'--teacher_path {{teacher}} {TWO}', 'on 12 .*has 2 .ant, bee'),
     'a foreign teacher of other classes': (
         CLS, f'--teacher_path {{files}}/bare.pth --teacher_model vit_nano_patch8 {TWO}', '12 .* data has 2'),
+    'no such network in timm': (CLS, '--teacher_path {teacher} --teacher_model timm/resnet', 'timm/resnet:.*list_models'),
+    'a network of timm without its file': (CLS, '--teacher_model timm/test_vit', 'needs --teacher_path'),
+    'a network of timm of other classes': (
+        CLS, '--teacher_path {files}/timm.pth --teacher_model timm/test_vit', '7 classes, the data has 12'),
+    'a network of timm of another kind': (
+        CLS, '--teacher_path {teacher} --teacher_model timm/test_vit', 'another architecture'),
     'a teacher and pooling': (CLS, '--teacher_path {teacher} --global_pool', 'exclude each other'),
     'start weights of another size': (CLS, '--finetune {mae}', 'another architecture|does not fit'),
     'train and val differ': (CLS, '--data_path {files}/unequal', "different classes.*'bee'"),
