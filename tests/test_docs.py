@@ -10,7 +10,8 @@ import pytest
 import benchmark
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+FORKS = ROOT / 'docs/forks/README.md'
+PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')), FORKS]
 STAGES = [ROOT / 'generic_distill.py', *sorted(ROOT.glob('specific_distill_*.py'))]
 PROGRAMS = [*STAGES, *sorted((ROOT / 'tools').glob('*.py'))]
 # flags of programs that are not ours
@@ -37,11 +38,13 @@ def parsers():
 
 @pytest.fixture(scope='module')
 def known(parsers):
-    """Every flag that can be given to one of our programs, or to those that start them."""
-    return FOREIGN | {flag for parser in parsers.values() for flag in parser._option_string_actions}
+    """Every flag that can be given to one of our programs, to their forks, or to those that start them."""
+    forks = {flag for diff in FORKS.parent.glob('*.diff')
+             for flag in re.findall(r"^\+.*add_argument\('(--\w+)'", diff.read_text(), re.M)}
+    return FOREIGN | forks | {flag for parser in parsers.values() for flag in parser._option_string_actions}
 
 
-@pytest.fixture(scope='module', params=PAGES, ids=lambda page: page.name)
+@pytest.fixture(scope='module', params=PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def page(request):
     return request.param
 
@@ -140,7 +143,9 @@ def test_every_flag_that_a_help_text_or_header_names_exists(parsers, known):
 
 
 def test_every_command_of_a_page_is_accepted(page):
-    """Each command that is shown parses, with its values."""
+    """Each command that is shown parses, with its values. Those of forks: tests/test_forks.py."""
+    if page == FORKS:
+        return
     for name, words in program_calls(code_of(page.read_text())):
         parse(load_parser(ROOT / name), words)
 
@@ -216,7 +221,7 @@ def test_every_relative_link_and_picture_exists(page):
 
 
 def test_the_readme_links_every_page_of_docs(readme):
-    assert all(f'docs/{path.name}' in readme for path in PAGES[1:])
+    assert all(str(path.relative_to(ROOT)) in readme for path in PAGES[1:])
 
 
 def test_the_packages_that_the_readme_names_are_the_required_ones(readme):

@@ -53,6 +53,8 @@ def test_the_copy_differs_in_one_line(fork):
     """README, Fork: the loss can be changed where it is used, by one line."""
     changes = [line for line in (fork / 'fork.diff').read_text().splitlines() if line[:1] in '<>']
     assert len(changes) == 2 and changes[0].startswith('<     return F.smooth_l1_loss') and 'cosine' in changes[1]
+    subprocess.run(['git', 'apply', ROOT / 'docs/forks/cosine.diff'], cwd=fork, check=True)  # the same example
+    assert (fork / 'generic_distill.py').read_bytes() == (fork / 'cosine_distill.py').read_bytes()
 
 
 def test_the_copy_minimises_its_own_loss_in_a_folder_of_its_own(fork):
