@@ -74,10 +74,11 @@ OTHER_LAYERS := 2
 MAE_ARGS := --batch_size 128 --accum_iter 1 --lr 1e-3
 TEACHER_MAE_ARGS := --epochs 150 --warmup_epochs 8
 GENERIC_ARGS := --epochs 90 --warmup_epochs 4
-STAGE2_ARGS := --batch_size 128 --lr 4e-3 --aa none --reprob 0 --mixup 0 --cutmix 0 --eval_every 15
-TEACHER_CLS_ARGS := --epochs 90 --lr 2e-3
-FINETUNE_ARGS := --epochs 60
-SCRATCH_ARGS := --epochs 150
+# Table 1's mixing: without it the teacher says what the labels say
+STAGE2_ARGS := --batch_size 128 --lr 4e-3 --aa none --reprob 0 --eval_every 30
+TEACHER_CLS_ARGS := --epochs 120 --lr 2e-3
+FINETUNE_ARGS := --epochs 120
+SCRATCH_ARGS := --epochs 210
 else ifeq ($(SCALE),toy)
 NPROC ?= $(if $(filter cuda,$(DEVICE)),1,2)
 DATA := $(RUNS)/data/imagenet
