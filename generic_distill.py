@@ -11,7 +11,7 @@ CPU:     python tools/toy_data.py --out toy --only imagenet
 Writes:  output_dir/checkpoint.pth (for --finetune of stage 2), log.txt (JSON per epoch), args.json
 `--target pixel` is MAE itself: so a teacher for your own data is made. Distil that one with the same
 command, `--teacher_path output_dir/checkpoint.pth --output_dir student` in place of `--target pixel`.
-With `--init mae_pretrain_vit_base_full.pth` it goes on from MAE's weights on your images.
+With `--model mae_vit_base_patch16 --init mae_pretrain_vit_base_full.pth` it goes on from MAE's weights.
 """
 import argparse
 import contextlib
@@ -431,6 +431,9 @@ def main(args):
     # 4. student
     model_without_ddp = models.create_mae(args.model, args.input_size, target_dim)
     if args.init:
+        if target_dim and 'feature_head.fc1.weight' not in models.load_checkpoint(args.init):
+            raise SystemExit(f'--init {args.init} is no student of stage 1, as distillation needs it: '
+                             'MAE goes on with --target pixel')
         models.load_weights(model_without_ddp, args.init)
     model = model_without_ddp.to(device)
     if args.compile:

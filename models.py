@@ -375,10 +375,13 @@ def own_args(checkpoint):
     return stored if ours else {}
 
 
-def find_state_dict(checkpoint, path):
-    """What `read_checkpoint` gave -> the dict of tensors in it, under the names of the file."""
-    state = checkpoint
-    for key in ('model', 'state_dict', 'teacher', 'student'):
+def find_state_dict(checkpoint, path, use_ema=False):
+    """What `read_checkpoint` gave -> the dict of tensors in it, under the names of the file.
+
+    use_ema: averaged weights first, as timm reads its own files.
+    """
+    state, averaged = checkpoint, ('state_dict_ema', 'model_ema') if use_ema else ()
+    for key in (*averaged, 'model', 'state_dict', 'teacher', 'student'):
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
             state = checkpoint[key]
             break

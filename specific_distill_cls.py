@@ -3,7 +3,8 @@
 Paper:   G2SD (Huang, Peng et al., CVPR 2023, arXiv 2302.14771), supplement Table 1; DeiT's token
 Reads:   --data_path   train/CLASS/ and val/CLASS/, as ImageNet
          --finetune    start weights: stage 1's checkpoint.pth, MAE's ...; without it, from scratch
-         --teacher_path   a classifier, e.g. mae_finetuned_vit_base.pth; without it, labels alone
+         --teacher_path   a classifier, e.g. mae_finetuned_vit_base.pth; without it, labels alone;
+                       of another architecture with --teacher_model timm/regnety_160.deit_in1k
 8 GPUs:  torchrun --nproc_per_node=8 specific_distill_cls.py --data_path IMAGENET \
          --finetune runs/generic/checkpoint.pth --teacher_path mae_finetuned_vit_base.pth
 CPU:     python tools/toy_data.py --out toy --only imagenet
@@ -57,7 +58,7 @@ def get_args_parser():
         allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group('distillation')
     group.add_argument('--teacher_model', help='by default the one that its checkpoint names, else '
-                                               'vit_base_patch16; timm/NAME: any timm classifier')
+                                               'vit_base_patch16; timm/NAME[.TAG]: any of timm')
     group.add_argument('--teacher_path', help='its file or https URL; without it, labels alone')
     group.add_argument('--distillation_type', default='hard', choices=['hard', 'soft', 'none'],
                        help='the teacher gives its top class or distribution; none: no teacher')
@@ -216,24 +217,38 @@ def load_classifier(path, name, img_size, classes):
 class TimmTeacher(torch.nn.Module):
     """A timm classifier as teacher, frozen: ImageNet-normalised images (N, 3, H, W) -> logits (N, C).
 
-    The images are brought to the input size, mean and std of the model's config in timm.
+    The images are brought, bicubically, to the input size, mean and std of the model's config in
+    timm, or to those with which timm's train.py made the file. timm converts the files of others.
     """
 
     def __init__(self, name, path, classes):
         super().__init__()
+        if not timm.is_model(name.split('.')[0]):
+            raise SystemExit(f'--teacher_model timm/{name}: no such model, see timm.list_models()')
+        checkpoint = models.read_checkpoint(path)
+        state = timm.models.clean_state_dict(models.find_state_dict(checkpoint, path, use_ema=True))
+        if models.own_args(checkpoint):
+            raise SystemExit(f'{path} is of these scripts: leave out --teacher_model')
+        config = {'state_dict': state, 'num_classes': len(classes), 'label_offset': 0}
+        given = checkpoint.get('args')
+        if isinstance(given, argparse.Namespace) and hasattr(given, 'img_size'):  # timm's train.py
+            size = given.input_size or (given.img_size and (3, given.img_size, given.img_size))
+            stored = {'input_size': size, 'mean': given.mean, 'std': given.std}
+            config |= {key: tuple(value) for key, value in stored.items() if value}
         try:
-            self.model = timm.create_model(name, num_classes=len(classes))
-        except RuntimeError as error:
-            raise SystemExit(f'--teacher_model timm/{name}: {error}: see timm.list_models()') from error
-        state = models.find_state_dict(models.read_checkpoint(path), path)
-        state = timm.models.clean_state_dict(state)
-        head = self.model.pretrained_cfg['classifier']
-        head = state.get(f'{head if isinstance(head, str) else head[0]}.weight', classes)
-        if len(head) != len(classes):
-            raise SystemExit(f'{path} has {len(head)} classes, the data has {len(classes)}')
-        models.load_strictly(self.model, state, path)
+            heads = timm.get_pretrained_cfg(name).classifier or ()
+            for head in [heads] if isinstance(heads, str) else heads:
+                found = len(state.get(f'{head}.weight', classes))
+                if found != len(classes):
+                    raise ValueError(f'the file has {found} classes, the data has {len(classes)}')
+            # `num_classes` in the config, too: otherwise timm does not load strictly
+            self.model = timm.create_model(
+                name, pretrained=True, num_classes=len(classes), pretrained_cfg_overlay=config)
+        except Exception as error:  # of many kinds in timm's many models
+            reason = ' '.join(str(error).split())[:300]
+            raise SystemExit(f'--teacher_model timm/{name} and {path}: {reason}') from error
         config = timm.data.resolve_model_data_config(self.model)
-        self.input_size = config['input_size'][1:]
+        self.input_size = tuple(config['input_size'][1:])
         mean, std = models.image_statistics(torch.device('cpu'))  # what the images have
         own_mean, own_std = (torch.tensor(config[name])[:, None, None] for name in ('mean', 'std'))
         self.register_buffer('scale', std / own_std)
@@ -477,10 +492,10 @@ def write_log(args, line):
 def main(args):
     # 1. processes, device, seed, recipe
     device, given = setup(args)
-    if args.teacher_model and not args.teacher_path:
-        raise SystemExit(f'--teacher_model {args.teacher_model} needs --teacher_path, its checkpoint')
     if args.distillation_type == 'none':
-        args.teacher_path = None
+        args.teacher_path = args.teacher_model = None
+    if args.teacher_model and not args.teacher_path and not args.eval:
+        raise SystemExit(f'--teacher_model {args.teacher_model} needs --teacher_path, its checkpoint')
     if args.global_pool and args.teacher_path:
         raise SystemExit('--global_pool and --teacher_path exclude each other: a distilled network '
                          'reads its class and distillation tokens')

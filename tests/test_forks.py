@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import CLS, ROOT, TINY, evaluate_alone, log_of, run, train
+from conftest import CLS, ROOT, TINY, checkpoint_of, evaluate_alone, log_of, run, train
 from timm.data import resolve_model_data_config
 
 import generic_distill
@@ -112,8 +112,14 @@ def test_relations_are_kl_between_rows_of_softmaxed_cosines(forks):
                     for tokens in (teacher, student))
             p, q = torch.stack(p).softmax(0), torch.stack(q).softmax(0)
             expected += (p * (p / q).log()).sum().item() / 10
-    loss = forks('relations').relation_loss(pred, target, 0.1)
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    script = forks('relations')
+    assert script.relation_loss(pred, target, 0.1).item() == pytest.approx(expected, rel=1e-5)
+    args = SimpleNamespace(target='feature', target_layer=1, supervise='all', relation_weight=0.3,
+                           relation_temperature=0.5)
+    losses = script.compute_losses(lambda *_: pred, lambda *_: target, None, None, args)
+    plain = generic_distill.feature_loss(pred, target).item()
+    assert losses['loss_feature'].item() == pytest.approx(plain)
+    assert losses['loss_relation'].item() == pytest.approx(0.3 * script.relation_loss(pred, target, 0.5).item())
 
 
 @pytest.mark.parametrize('side, blocks', [(224, 12), (64, 1)])
@@ -131,9 +137,29 @@ def test_masks_consist_of_whole_blocks(side, blocks, forks):
             y, x = divmod(block, grid // 2)
             assert kept[2 * y:2 * y + 2, 2 * x:2 * x + 2].all()
         assert kept.sum() == 4 * blocks
+    args.mask_ratio = 0.99
+    with pytest.raises(SystemExit, match=f'0.99 keeps 0 of {(grid // 2) ** 2} blocks'):
+        forks('block_mask').block_masking(noise, args)
     args.input_size = (48, 64)
     with pytest.raises(SystemExit, match='3x4 patches'):
         forks('block_mask').block_masking(torch.rand(1, 12), args)
+
+
+def test_training_hides_whole_blocks(forks, data, tmp_path, monkeypatch):
+    """The masks that reach the loss, in each step."""
+    script, seen = forks('block_mask'), []
+    compute_losses = script.compute_losses
+
+    def spy(model, teacher, images, masking, args):
+        seen.append(masking.mask)
+        return compute_losses(model, teacher, images, masking, args)
+
+    monkeypatch.setattr(script, 'compute_losses', spy)
+    words = ['--data_path', data / 'imagenet', '--output_dir', tmp_path, *TINY[generic_distill].split()]
+    run(script, script.__file__, *words, '--target', 'pixel', '--model', 'mae_vit_pico_patch4')
+    masks = torch.cat(seen).unflatten(1, (2, 2, 2, 2))  # rows of blocks, in a block; columns
+    assert len(seen) == 12 and torch.equal(masks, masks[:, :, :1, :, :1].expand_as(masks))
+    assert (masks[:, :, 0, :, 0].sum(dim=(1, 2)) == 3).all()
 
 
 def test_both_heads_read_the_mean_of_the_patch_tokens(forks, data, teachers, tmp_path):
@@ -166,8 +192,8 @@ def test_both_heads_read_the_mean_of_the_patch_tokens(forks, data, teachers, tmp
 def test_an_encoder_teaches_its_patch_tokens_of_the_whole_image(name, student, side, layer, forks, tmp_path):
     """Oracle: a hook on the timm network's block, at its own mean and std; no token before the patches."""
     torch.manual_seed(0)
-    network = timm.create_model(name, img_size=side).eval()
-    torch.save(network.state_dict(), tmp_path / 'vit.pth')
+    network = timm.create_model(name, img_size=side, num_classes=layer).eval()  # a head of any size, or none
+    torch.save({'state_dict': network.state_dict()}, tmp_path / 'vit.pth')
     teacher = forks('encoder_teacher').EncoderTeacher(name, tmp_path / 'vit.pth', (side, side))
     assert not teacher.training and not any(parameter.requires_grad for parameter in teacher.parameters())
     seen, config = [], resolve_model_data_config(network)
@@ -179,6 +205,9 @@ def test_an_encoder_teaches_its_patch_tokens_of_the_whole_image(name, student, s
         target = teacher(models.normalise(images), layer)
     patches = (side // models.parse_name(student, mae=True).patch) ** 2
     torch.testing.assert_close(target, seen[0][:, -patches:], rtol=1e-3, atol=1e-4)
+    blocks = []
+    for block in teacher.vit.blocks:
+        block.register_forward_hook(lambda *_: blocks.append(1))
     args = SimpleNamespace(target='feature', target_layer=layer, supervise='all', distributed=False)
     model = models.create_mae(student, side, target.shape[2])
     masking = models.random_masking(torch.rand(2, patches), 0.75)
@@ -186,10 +215,28 @@ def test_an_encoder_teaches_its_patch_tokens_of_the_whole_image(name, student, s
     prediction = model.predict_features(models.normalise(images), masking)[:, 1:]
     expected = F.smooth_l1_loss(prediction, F.layer_norm(target, target.shape[2:], eps=1e-6), beta=2.0)
     assert losses['loss_feature'].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert len(blocks) == layer  # those behind it do not run
+    args.supervise, hidden = 'masked', masking.mask.bool()
+    losses = forks('encoder_teacher').compute_losses(model, teacher, models.normalise(images), masking, args)
+    expected = generic_distill.feature_loss(prediction[hidden], target[hidden])
+    assert losses['loss_feature'].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_an_encoder_of_another_grid_is_refused(forks, data, teachers, tmp_path):
-    flags = FLAGS['encoder_teacher'].format(**teachers).replace('patch16 --input', 'patch8 --input').split()
+@pytest.mark.parametrize('old, new, message', [
+    ('patch16 --input', 'patch8 --input', 'mae_vit_pico_patch8 and test_vit differ in patch size'),
+    ('test_vit', 'no_vit', 'no_vit: Unknown model'), ('test_vit', 'vit_tiny_patch16_224', 'vit_tiny.*Missing key'),
+    ('{timm}', '{mae}', 'test_vit: .*Missing key'), ('{timm}', 'gone.pth', 'no checkpoint file'),
+    ('48', '48 --target_layer 0', 'teacher has 6 blocks')])
+def test_what_an_encoder_teacher_refuses_in_one_line(old, new, message, forks, data, teachers, tmp_path):
+    flags = FLAGS['encoder_teacher'].replace(old, new).format(**teachers).split()
     words = ['--data_path', data / 'imagenet', '--output_dir', tmp_path, *TINY[generic_distill].split(), *flags]
-    with pytest.raises(SystemExit, match='test_vit has 3x3 patches'):
+    with pytest.raises(SystemExit, match=message) as stop:
         run(forks('encoder_teacher'), 'generic_distill.py', *words)
+    assert len(stop.value.code.splitlines()) == 1
+
+
+def test_an_encoder_teaches_its_last_block_unless_told(forks, data, teachers, tmp_path):
+    words = ['--data_path', data / 'imagenet', *TINY[generic_distill].split(), '--output_dir']
+    flags = FLAGS['encoder_teacher'].format(**teachers).split()
+    run(forks('encoder_teacher'), 'generic_distill.py', *words, tmp_path, *flags)
+    assert checkpoint_of(tmp_path)['args']['target_layer'] == 6

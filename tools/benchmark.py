@@ -21,6 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import timm
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -51,6 +52,10 @@ def give_random_teacher(stage, script, args, folder):
              'decode_head.conv_seg.weight')  # by which the stages know their teachers
     classes = len(script.open_dataset(args, 'train').classes) if stage == 'cls' else 1
     args.teacher_path = f'{folder}/random.pth'
+    if (args.teacher_model or '').startswith('timm/'):
+        network = timm.create_model(args.teacher_model[5:], num_classes=classes)
+        torch.save(network.state_dict(), args.teacher_path)
+        return
     torch.save({'model': {name: torch.zeros(classes, 1) for name in names}}, args.teacher_path)
     args.teacher_model = args.teacher_model or ('mae_' * (stage == 'generic') + 'vit_base_patch16')
     models.load_strictly = lambda model, state_dict, path: None
