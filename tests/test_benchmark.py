@@ -69,6 +69,11 @@ def test_flop_are_those_worked_out_by_hand(measure):
     assert row['gflop_per_image'] == pytest.approx((teacher + 2 * embed * 32 + 3 * student) / 1e9, rel=1e-6)
 
 
+def test_a_teacher_of_timm_is_measured_with_random_weights(measure):
+    row = measure('cls', TINY['cls'].replace('vit_nano_patch8', 'timm/test_resnet'))
+    assert row['step'] > 0 and row['teacher_model'] == 'timm/test_resnet'
+
+
 def test_real_data_and_a_real_teacher_are_used_where_they_are_given(measure, tmp_path):
     """--data_path and --teacher_path are the stage's own: a file that is missing ends the benchmark."""
     for flags, message in ((f'--teacher_path {tmp_path}/gone.pth', 'no checkpoint file'),
