@@ -353,7 +353,7 @@ ERRORS = {
                                   r'mae_pretrain_vit_base\.pth has no decoder.*mae_pretrain_vit_base_full\.pth'),
     'a start of another size': (GENERIC, '--target pixel --init {mae}', 'another architecture'),
     'a student that starts from MAE': (
-        GENERIC, '--teacher_path {mae} --model mae_vit_nano_patch8 --init {mae}', 'mae/checkpoint.pth is no student.*--target pixel'),
+        GENERIC, '--teacher_path {mae} --model mae_vit_nano_patch8 --init {mae}', 'mae/.*is no student.*--target pixel'),
     'a classifier in stage 1': (GENERIC, '--target pixel --model vit_pico_patch8', 'mae_vit_SIZE_patchP'),
     'a teacher without a head': (CLS, '--teacher_path {mae}', 'no classification head'),
     'a teacher of other classes': (CLS, f'--teacher_path {{teacher}} {TWO}', 'on 12 .*has 2 .ant, bee'),
@@ -364,10 +364,11 @@ ERRORS = {
     'a network of timm of other classes': (
         CLS, '--teacher_path {files}/timm.pth --teacher_model timm/test_vit', '7 classes, the data has 12'),
     'a network of timm of another kind': (
-        CLS, '--teacher_path {files}/timm.pth --teacher_model timm/test_resnet', 'timm/test_resnet.*(Missing key|7 classes)'),
+        CLS, '--teacher_path {files}/timm.pth --teacher_model timm/test_resnet', 'resnet.*(Missing key|7 classes)'),
     'a checkpoint of these scripts through timm': (
         CLS, '--teacher_path {teacher} --teacher_model timm/test_vit', 'of these scripts: leave out'),
-    'no such tag in timm': (CLS, '--teacher_path {files}/timm.pth --teacher_model timm/test_vit.nosuch', 'test_vit.nosuch.*tag'),
+    'no such tag in timm': (
+        CLS, '--teacher_path {files}/timm.pth --teacher_model timm/test_vit.nosuch', 'test_vit.nosuch.*tag'),
     'a teacher and pooling': (CLS, '--teacher_path {teacher} --global_pool', 'exclude each other'),
     'start weights of another size': (CLS, '--finetune {mae}', 'another architecture|does not fit'),
     'train and val differ': (CLS, '--data_path {files}/unequal', "different classes.*'bee'"),

@@ -30,7 +30,8 @@ def save(folder, name, **wrapper):
 # CNNs, windows, rotary positions, two heads; mean 0.5, ImageNet's and CLIP's; 160, 224 and 336 pixels
 @pytest.mark.parametrize('name, wrapper', [
     ('regnety_002', {'key': 'model'}), ('convnext_atto', {}), ('swin_tiny_patch4_window7_224', {'key': 'state_dict'}),
-    ('eva02_tiny_patch14_336', {'prefix': 'module.'}), ('test_resnet', {'prefix': '_orig_mod.'}), ('deit_tiny_distilled_patch16_224', {})])
+    ('eva02_tiny_patch14_336', {'prefix': 'module.'}), ('test_resnet', {'prefix': '_orig_mod.'}),
+    ('deit_tiny_distilled_patch16_224', {})])
 def test_the_teacher_sees_what_timm_would_give_it(name, wrapper, tmp_path, capsys):
     """Logits of the network on images that are resized and normalised as its timm config says."""
     network, path = save(tmp_path, name, **wrapper)
