@@ -130,7 +130,7 @@ reproduce-all-rows := $(foreach table,$(TABLES),$(reproduce-$(table)-rows))
 ROWS := $(sort $(foreach goal,$(MAKECMDGOALS),$($(goal)-rows)))
 FINALS := $(foreach seed,$(SEEDS),$(ROWS:%=$(RUNS)/seed$(seed)/%/final.pth))
 
-.PHONY: help demo test lint results diff bench clean data coco ade reproduce-all reproduce-ade20k \
+.PHONY: help demo test lint results diff bench gpu clean data coco ade reproduce-all reproduce-ade20k \
 	reproduce-table2 reproduce-table3 reproduce-table4 reproduce-table5
 # stage 1's checkpoints are kept
 .SECONDARY:
@@ -267,6 +267,17 @@ bench:  ## speed and memory of every stage, a line of JSON each; BENCH_ARGS="--c
 	$(call bench,cls,--batch_size 8 --steps 1) $(BENCH_ARGS)
 	$(call bench,det,--input_size 512 --batch_size 2 --steps 1) $(BENCH_ARGS)
 	$(call bench,seg,--batch_size 2 --steps 1) $(BENCH_ARGS)
+
+gpu:  ## first on a new GPU, ten minutes: its tests, the speed of every stage, a table of it
+ifeq ($(DEVICE),cpu)
+	@echo 'make gpu: there is no GPU here'
+else
+	$(PYTHON) -m pytest -q tests/test_gpu.py
+	rm -f $(OUT)/bench.json
+	$(MAKE) bench
+	$(MAKE) bench BENCH_ARGS=--compile
+	$(PYTHON) tools/benchmark.py --table $(OUT)/bench.json
+endif
 
 diff:  ## what the stages do differently
 	-diff generic_distill.py specific_distill_cls.py

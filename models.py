@@ -15,7 +15,9 @@ import os
 import random
 import re
 import signal
+import sys
 import time
+import traceback
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
@@ -633,7 +635,7 @@ class Meter:
     def __init__(self, args, optimizer, epochs, unit='epoch'):
         self.args, self.optimizer, self.epochs, self.unit = args, optimizer, epochs, unit
         self.names, self.rows, self.sums, self.steps = [], [], 0.0, 0
-        self.grad_norm, self.seconds = torch.zeros(()), 0.0
+        self.grad_norm, self.seconds, self.step_done = torch.zeros(()), 0.0, None
 
     def log_every(self, loader, epoch, start):
         """Yields (step, batch) from `start` on; prints after the first and every --print_freq."""
@@ -642,7 +644,9 @@ class Meter:
         steps, waited = len(loader), 0.0
         line_clock = self.clock = time.time()
         for step, batch in enumerate(loader if start < steps else (), start):
-            waited += time.time() - self.clock
+            # a GPU that is busy with the step before has not waited for this batch
+            if self.step_done is None or self.step_done.query():
+                waited += time.time() - self.clock
             yield step, batch
             done = step + 1
             if step == start or done % self.args.print_freq == 0 or done == steps:
@@ -665,6 +669,9 @@ class Meter:
         self.names = list(terms)
         self.rows.append(torch.stack([term.detach().float() for term in terms.values()]))
         self.grad_norm = self.grad_norm if grad_norm is None else grad_norm
+        if torch.cuda.is_initialized():
+            self.step_done = torch.cuda.Event()
+            self.step_done.record()
         self.tick()
 
     def tick(self):
@@ -886,3 +893,32 @@ def kill_workers():
     for worker in multiprocessing.active_children():
         if worker.daemon:
             worker.kill()
+
+
+# ---- the end of a run that failed ----------------------------------------------------------------
+
+
+def end_run(error):
+    """Ends a script after an error: one line where its user can help it, else the traceback.
+
+    One of several processes ends at once: the others, which wait for it, learn it from torchrun.
+    """
+    line = str(error)
+    if isinstance(error, DataError):  # out of a data worker it is the last line of a traceback
+        line = line.splitlines()[-1].removeprefix('models.DataError: ')
+    elif isinstance(error, torch.OutOfMemoryError):
+        line = 'the GPU is out of memory: lower --batch_size and raise --accum_iter by as much'
+    elif re.search('shared memory|/torch_', line):
+        line = ('/dev/shm is full, over which data workers send images: lower --num_workers, or give '
+                'more (docker: --ipc=host)')
+    elif re.search('closed by peer|reset by peer', line):
+        line = 'another process has ended: its message says why'
+    elif not dist.is_initialized():
+        raise error
+    elif not isinstance(error, SystemExit):
+        line = ''.join(traceback.format_exception(error))
+    if dist.is_initialized():
+        print(line, file=sys.stderr, flush=True)
+        kill_workers()
+        os._exit(1)
+    sys.exit(line)

@@ -172,7 +172,8 @@ def build_data(args):
     Every validation image belongs to one process, once. No training loader with --eval.
     """
     options = {'batch_size': args.batch_size, 'num_workers': args.num_workers,
-               'pin_memory': args.device.startswith('cuda'), 'worker_init_fn': models.start_worker}
+               'pin_memory': args.device.startswith('cuda'), 'worker_init_fn': models.start_worker,
+               'persistent_workers': args.num_workers > 0}
     val = open_dataset(args, 'val', build_transform(args, is_train=False))
     if not len(val):
         raise SystemExit(f'--data_path {args.data_path}: val/ holds no image')
@@ -191,8 +192,7 @@ def build_data(args):
         raise SystemExit(f'--data_path: train/ has one folder, {train.classes[0]}: one per class')
     sampler = models.SeededSampler(len(train), args)
     train_loader = torch.utils.data.DataLoader(
-        models.SeededDataset(train, args.seed), sampler=sampler,
-        persistent_workers=args.num_workers > 0, **options)
+        models.SeededDataset(train, args.seed), sampler=sampler, **options)
     print(f'data: {len(train)} training images, {len(sampler) * args.world_size} an epoch, '
           f'{len(val)} to evaluate on, {models.count_classes(train.classes)}')
     return train_loader, val_loader, train.classes
@@ -397,8 +397,12 @@ def setup(args):
     device, cuda = torch.device(args.device), args.device.startswith('cuda')
     if cuda and not torch.cuda.is_available():
         raise SystemExit(f'--device {args.device}: this machine has no usable GPU')
+    if cuda and (device.index or 0) >= torch.cuda.device_count():
+        raise SystemExit(f'{args.device}: this machine has {torch.cuda.device_count()} GPUs, as many '
+                         'as --nproc_per_node may be')
     if cuda:
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')  # float32 products in TF32, as convolutions
     if args.distributed:  # tensors on the CPU go over gloo, and wait for no GPU
         dist.init_process_group(
             'cpu:gloo,cuda:nccl' if cuda else 'gloo', timeout=timedelta(minutes=30))
@@ -580,7 +584,8 @@ def main(args):
             return
         stats = meter.stats()
         if epoch == 0 or (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
-            stats |= evaluate(model_without_ddp, val_loader, device, args)
+            with torch.compiler.set_stance('force_eager'):  # --compile: not again for evaluation
+                stats |= evaluate(model_without_ddp, val_loader, device, args)
         write_log(args, {'epoch': epoch, **stats})
         samples = 0
     print(f'done: {args.epochs} epochs in {timedelta(seconds=int(meter.seconds))} of training, see '
@@ -590,7 +595,7 @@ def main(args):
 if __name__ == '__main__':
     try:
         main(parse_args(get_args_parser()))
-    except models.DataError as error:  # out of a data worker it is the last line of a traceback
-        sys.exit(str(error).splitlines()[-1].removeprefix('models.DataError: '))
+    except (Exception, SystemExit) as error:
+        models.end_run(error)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -40,7 +40,7 @@ import torchvision
 from timm.layers import LayerNorm2d, trunc_normal_
 from timm.models import checkpoint_seq
 from timm.models.vision_transformer_sam import (
-    Attention, Block, VisionTransformerSAM, get_rel_pos, window_partition, window_unpartition)
+    Attention, Block, VisionTransformerSAM, window_partition, window_unpartition)
 from timm.optim import create_optimizer_v2
 from timm.scheduler import MultiStepLRScheduler
 from torch import nn
@@ -454,6 +454,17 @@ def build_data(args):
 # ---- network -------------------------------------------------------------------------------------
 
 
+def relative_positions(table, size):
+    """Table (2 * size - 1, d) of distances -> (size, size, d): at (i, j) that of i - j.
+
+    Another length is resized. timm's `get_rel_pos` indexes from the CPU, which waits for a GPU.
+    """
+    if len(table) != 2 * size - 1:
+        table = F.interpolate(table.T[None], 2 * size - 1, mode='linear')[0].T
+    places = torch.arange(size, device=table.device)
+    return table[places[:, None] - places + size - 1]
+
+
 class FoldedAttention(Attention):
     """timm's attention with decomposed relative positions, without its (L, L) bias.
 
@@ -467,8 +478,8 @@ class FoldedAttention(Attention):
         qkv = self.qkv(x).reshape(n, height * width, 3, self.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, heads, L, d)
         grid = q.unflatten(2, (height, width))
-        rel_h = get_rel_pos(height, height, self.rel_pos_h).to(q.dtype)
-        rel_w = get_rel_pos(width, width, self.rel_pos_w).to(q.dtype)
+        rel_h = relative_positions(self.rel_pos_h, height).to(q.dtype)
+        rel_w = relative_positions(self.rel_pos_w, width).to(q.dtype)
         by_row = torch.einsum('nhijd,ikd->nhijk', grid, rel_h).flatten(2, 3)
         by_column = torch.einsum('nhijd,jkd->nhijk', grid, rel_w).flatten(2, 3)
         q = torch.cat([q, by_row / self.scale, by_column / self.scale], dim=-1)
@@ -476,7 +487,10 @@ class FoldedAttention(Attention):
         columns = torch.eye(width, dtype=k.dtype, device=k.device).repeat(height, 1)
         place = torch.cat([rows, columns], dim=1)  # (L, height + width)
         k = torch.cat([k, place.expand(n, self.num_heads, -1, -1)], dim=-1)
-        x = F.scaled_dot_product_attention(q, k, F.pad(v, (0, height + width)), scale=self.scale)
+        more = -q.shape[-1] % 8  # kernels want a multiple of 8
+        x = F.scaled_dot_product_attention(
+            F.pad(q, (0, more)), F.pad(k, (0, more)), F.pad(v, (0, height + width + more)),
+            scale=self.scale)
         x = x[..., :v.shape[-1]].transpose(1, 2).reshape(n, height, width, -1)
         return self.proj(x)
 
@@ -614,10 +628,13 @@ class AlignedRoIPooler(MultiScaleRoIAlign):
 
 
 class NormaliseAndPad(GeneralizedRCNNTransform):
-    """Normalises and pads bottom right with zeros; torchvision's rescales, against the jitter."""
+    """Normalises and pads bottom right with zeros; torchvision's rescales, against the jitter.
+
+    torchvision's `normalize` makes tensors of lists: that waits for a GPU, image by image.
+    """
 
     def normalize(self, image):
-        return super().normalize(image.float() / 255)
+        return models.normalise(image)
 
     def resize(self, image, target=None):
         return image, target
@@ -854,20 +871,24 @@ def train_one_epoch(model, teacher, loader, optimizer, scheduler, scaler, meter,
 # ---- evaluation ----------------------------------------------------------------------------------
 
 
-def paste_mask(mask, box, size):
-    """Probabilities (M, M) of a box (4,), xyxy -> (height, width) uint8, 1 where at least 0.5.
+def mask_counts(mask, box, size):
+    """Probabilities (M, M) of a box (4,), xyxy -> COCO's run lengths in an image (height, width).
 
-    The map is read bilinearly at the centres of the image's pixels, as in detectron2.
+    The map is read bilinearly at the centres of the box's pixels, as in detectron2, and cut at 0.5.
+    Run lengths go down the columns; the first counts zeros.
     """
     pixels, places = [], []  # of columns, then of rows
     for low, high, side in zip(box[:2].tolist(), box[2:].tolist(), size[::-1]):
         pixels.append(torch.arange(max(0, math.floor(low)), min(side, math.ceil(high))))
         places.append(2 * (pixels[-1] + 0.5 - low) / (high - low) - 1)  # -1 to 1 inside the box
-    grid = torch.stack(torch.meshgrid(*places, indexing='xy'), dim=-1)
+    grid = torch.stack(torch.meshgrid(*places, indexing='ij'), dim=-1)  # (columns, rows, xy)
     values = F.grid_sample(mask[None, None], grid[None], align_corners=False)[0, 0]
-    pasted = torch.zeros(size, dtype=torch.uint8)
-    pasted[pixels[1][:, None], pixels[0]] = (values >= 0.5).byte()
-    return pasted
+    columns = np.zeros((len(pixels[0]), size[0]), bool)
+    columns[:, pixels[1].numpy()] = values.numpy() >= 0.5
+    changes = np.flatnonzero(np.diff(columns.ravel(), prepend=False, append=False))
+    first = int(pixels[0][0]) * size[0] if len(pixels[0]) else 0  # pixels in the columns before
+    counts = np.diff(changes + first, prepend=0, append=size[0] * size[1])
+    return counts[:len(counts) - (counts[-1] == 0)].tolist()
 
 
 def to_results(detection, image_id, seen_size, size, category_ids):
@@ -880,9 +901,8 @@ def to_results(detection, image_id, seen_size, size, category_ids):
     detection = {key: value.cpu() for key, value in detection.items()}
     boxes, labels, results = detection['boxes'] * ratio, detection['labels'].tolist(), []
     for k, (box, label, score) in enumerate(zip(boxes, labels, detection['scores'].tolist())):
-        # one at a time: a hundred masks of a large photograph take gigabytes
-        mask = paste_mask(detection['masks'][k, 0], box, size)
-        segmentation = coco_mask.encode(np.asfortranarray(mask.numpy()))
+        counts = mask_counts(detection['masks'][k, 0], box, size)
+        segmentation = coco_mask.frPyObjects({'size': list(size), 'counts': counts}, *size)
         segmentation['counts'] = segmentation['counts'].decode()
         x0, y0, x1, y1 = box.tolist()
         results.append({
@@ -993,8 +1013,12 @@ def setup(args):
     device, cuda = torch.device(args.device), args.device.startswith('cuda')
     if cuda and not torch.cuda.is_available():
         raise SystemExit(f'--device {args.device}: this machine has no usable GPU')
+    if cuda and (device.index or 0) >= torch.cuda.device_count():
+        raise SystemExit(f'{args.device}: this machine has {torch.cuda.device_count()} GPUs, as many '
+                         'as --nproc_per_node may be')
     if cuda:
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')  # float32 products in TF32, as convolutions
     if args.distributed:  # tensors on the CPU go over gloo, and wait for no GPU
         dist.init_process_group(
             'cpu:gloo,cuda:nccl' if cuda else 'gloo', timeout=timedelta(minutes=30))
@@ -1168,7 +1192,7 @@ def main(args):
 if __name__ == '__main__':
     try:
         main(parse_args(get_args_parser()))
-    except models.DataError as error:  # out of a data worker it is the last line of a traceback
-        sys.exit(str(error).splitlines()[-1].removeprefix('models.DataError: '))
+    except (Exception, SystemExit) as error:
+        models.end_run(error)
     if dist.is_initialized():
         dist.destroy_process_group()

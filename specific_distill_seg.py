@@ -435,7 +435,8 @@ class Segmenter(nn.Module):
             nn.init.zeros_(head.conv_seg.bias)
 
     def forward(self, images):
-        maps = [scale(x) for scale, x in zip(self.neck, self.backbone(images))]
+        maps = [x.contiguous(memory_format=torch.channels_last) for x in self.backbone(images)]
+        maps = [scale(x) for scale, x in zip(self.neck, maps)]
         logits = self.decode_head(maps)
         return (logits, self.auxiliary_head(maps[2])) if self.training else logits
 
@@ -645,8 +646,12 @@ def setup(args):
     device, cuda = torch.device(args.device), args.device.startswith('cuda')
     if cuda and not torch.cuda.is_available():
         raise SystemExit(f'--device {args.device}: this machine has no usable GPU')
+    if cuda and (device.index or 0) >= torch.cuda.device_count():
+        raise SystemExit(f'{args.device}: this machine has {torch.cuda.device_count()} GPUs, as many '
+                         'as --nproc_per_node may be')
     if cuda:
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')  # float32 products in TF32, as convolutions
     if args.distributed:  # tensors on the CPU go over gloo, and wait for no GPU
         dist.init_process_group(
             'cpu:gloo,cuda:nccl' if cuda else 'gloo', timeout=timedelta(minutes=30))
@@ -773,7 +778,7 @@ def main(args):
         model_without_ddp = nn.SyncBatchNorm.convert_sync_batchnorm(model_without_ddp)
     model = model_without_ddp.to(device)
     if args.compile:
-        model.compile()
+        (model.backbone if synced else model).compile()  # synchronised BatchNorm breaks graphs
         if teacher is not None:
             teacher.compile()
     if args.distributed:
@@ -823,7 +828,7 @@ def main(args):
 if __name__ == '__main__':
     try:
         main(parse_args(get_args_parser()))
-    except models.DataError as error:  # out of a data worker it is the last line of a traceback
-        sys.exit(str(error).splitlines()[-1].removeprefix('models.DataError: '))
+    except (Exception, SystemExit) as error:
+        models.end_run(error)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -103,11 +103,12 @@ def environment():
             'PYTHONPATH': str(ROOT)}
 
 
-# the jobs share one process group; what a process prints goes to NAME.RANK.txt
+# the jobs share one process group; what a process prints goes to NAME.RANK.txt. Where there is a GPU both
+# use it, over gloo: NCCL has no group of two on one
 LAUNCHER = """import contextlib, json, os, pathlib, runpy, sys
 import torch.distributed as dist
-start, stop = dist.init_process_group, dist.destroy_process_group
-dist.init_process_group = lambda *args, **options: dist.is_initialized() or start(*args, **options)
+start, stop, os.environ['LOCAL_RANK'] = dist.init_process_group, dist.destroy_process_group, '0'
+dist.init_process_group = lambda *args, **options: dist.is_initialized() or start('gloo', **options)
 dist.destroy_process_group = lambda: None
 for name, sys.argv in json.loads(pathlib.Path('jobs.json').read_text()):
     with open(f'{name}.{os.environ["RANK"]}.txt', 'w') as file:

@@ -297,6 +297,30 @@ def test_rate_share_of_data_and_time_left_count_the_device_as_work(monkeypatch, 
     assert meter.stats()['train_seconds'] == 4 * 4 + 3 * 10
 
 
+def test_a_wait_for_data_counts_only_once_the_gpu_is_done(monkeypatch, capsys):
+    """The host runs ahead of a GPU: of 3 s a step those are waiting in which the step before was done."""
+    clock, busy = SimpleNamespace(now=0.0), [True, False, True]
+    monkeypatch.setattr(models, 'time', SimpleNamespace(time=lambda: clock.now, strftime=lambda _: 'now'))
+    monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'max_memory_allocated', lambda: 0)
+    monkeypatch.setattr(torch.cuda, 'Event', lambda: SimpleNamespace(record=lambda: None, query=lambda: not busy.pop(0)))
+    args = SimpleNamespace(batch_size=8, world_size=1, print_freq=10, distributed=False, amp='off')
+    meter = models.Meter(args, SimpleNamespace(param_groups=[{'lr': 0.5}]), epochs=1)
+
+    class Loader(list):
+        def __iter__(self):
+            for number in super().__iter__():
+                clock.now += 3
+                yield number
+
+    for _ in meter.log_every(Loader(range(4)), 0, 0):
+        clock.now += 1
+        meter.update(torch.tensor(2.0), loss=torch.tensor(1.0))
+    first, last = capsys.readouterr().out.splitlines()
+    assert 'data 75%' in first  # nothing is done before the first step: it waits
+    assert 'data 25%' in last and not busy  # in one of three steps, 3 s of 4
+
+
 # ---- errors --------------------------------------------------------------------------------------
 
 
@@ -448,6 +472,38 @@ def test_an_error_of_a_process_is_one_line_and_a_status(data, files, tmp_path):
         done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=100)
         lines = done.stderr.splitlines()
         assert done.returncode == 1 and len(lines) == 1 and re.fullmatch(message, lines[0]), done.stderr
+
+
+HELP = {
+    'the GPU is out of memory.*--batch_size.*--accum_iter': torch.OutOfMemoryError('CUDA out of memory. Tried to'),
+    '/dev/shm is full.*--num_workers.*--ipc=host': RuntimeError(
+        'DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader\'s workers are out of '
+        'shared memory. Please try to raise your shared memory limit.'),
+    'cannot read a.png': models.DataError('Traceback ...\nmodels.DataError: cannot read a.png'),
+    'another process has ended': RuntimeError('[gloo/transport/tcp/pair.cc] Connection closed by peer [10.0.0.1]'),
+}
+
+
+@pytest.mark.parametrize('message', HELP)
+def test_what_users_of_gpus_meet_ends_in_one_line(message):
+    with pytest.raises(SystemExit, match=message) as stop:
+        models.end_run(HELP[message])
+    assert len(stop.value.code.splitlines()) == 1
+
+
+def test_another_error_keeps_its_traceback_and_one_of_several_processes_ends_at_once(monkeypatch, capfd):
+    """Alone it is raised again, for a debugger; among others it is printed, without waiting for them."""
+    ended = []
+    for error in (KeyError('fork'), SystemExit(2)):
+        with pytest.raises(type(error)):
+            models.end_run(error)
+    monkeypatch.setattr(models.dist, 'is_initialized', lambda: True)
+    monkeypatch.setattr(models.os, '_exit', lambda status: ended.append(status) or reach())
+    for error, printed in ((KeyError('fork'), 'KeyError: \'fork\''), (SystemExit('a line'), 'a line')):
+        with pytest.raises(Reached):
+            models.end_run(error)
+        assert printed in capfd.readouterr().err
+    assert ended == [1, 1]
 
 
 @EVERY_SCRIPT
@@ -732,6 +788,9 @@ def test_compiled_networks_learn_the_same_and_keep_their_names(data, chain, tmp_
     assert set(graphs) == {True, False}  # the student's with gradients, the teacher's without
     plain, compiled = (checkpoint_of(tmp_path / flags)['model'] for flags in ('', '--compile'))
     assert list(plain) == list(compiled) and largest_difference(plain, compiled) < 1e-4
+    graphs.clear()
+    train(CLS, data, tmp_path / 'cls', '--compile')
+    assert set(graphs) == {True}  # the evaluation in float32 is not compiled again
 
 
 def test_a_machine_without_git_trains(data, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ and the loader's rate means little. Flags that --help does not list are the stag
 Run:  python tools/benchmark.py --stage cls --data_path IMAGENET --num_workers 16 --compile
       python tools/benchmark.py --stage det --input_size 512 --batch_size 2 --steps 1 --json b.json
       torchrun --nproc_per_node=8 tools/benchmark.py
+      python tools/benchmark.py --table b.json
 """
 import argparse
 import contextlib
@@ -131,10 +132,25 @@ def get_args_parser():
     parser.add_argument('--steps', type=int, default=20, help='updates that are timed')
     parser.add_argument('--warmup', type=int, default=3, help='updates before them')
     parser.add_argument('--json', help='file to which the result is appended as a line')
+    parser.add_argument('--table', help='such a file: prints it as a table, and measures nothing')
     return parser
 
 
+def print_table(path):
+    """Markdown, a row per line of --json."""
+    print('| stage | batch | pixels | amp | compiled | images/s: step | with loader | loader | '
+          'TFLOP/s | of a matrix product | memory, GB |\n' + '|---' * 11 + '|')
+    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    for row in rows:
+        print('| {stage} | {batch_size} | {input_size} | {amp} | {compile} | {step:.0f} | {both:.0f} | '
+              '{loader:.0f} | {tflops:.3g} | {share_of_peak:.0%} | {memory_gb:.1f} |'.format(**row))
+    print('\n{hardware}, {versions}, commit {commit}, {num_workers} workers'.format(**rows[-1]))
+
+
 def main(options, words):
+    if options.table:
+        print_table(options.table)
+        return
     script, row = importlib.import_module(SCRIPTS[options.stage]), {'stage': options.stage}
     train, sys.argv[1:] = script.train_one_epoch, words
     args = script.parse_args(script.get_args_parser())
