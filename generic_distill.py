@@ -302,7 +302,7 @@ def setup(args):
         raise SystemExit(f'{args.device}: this machine has {torch.cuda.device_count()} GPUs, as many '
                          'as --nproc_per_node may be')
     if cuda:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
         torch.set_float32_matmul_precision('high')  # float32 products in TF32, as convolutions
     if args.distributed:  # tensors on the CPU go over gloo, and wait for no GPU
         dist.init_process_group(

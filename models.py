@@ -669,7 +669,7 @@ class Meter:
         self.names = list(terms)
         self.rows.append(torch.stack([term.detach().float() for term in terms.values()]))
         self.grad_norm = self.grad_norm if grad_norm is None else grad_norm
-        if torch.cuda.is_initialized():
+        if self.rows[-1].is_cuda:
             self.step_done = torch.cuda.Event()
             self.step_done.record()
         self.tick()
@@ -903,18 +903,19 @@ def end_run(error):
 
     One of several processes ends at once: the others, which wait for it, learn it from torchrun.
     """
-    line = str(error)
+    line, text = str(error), f'{error} {error.__cause__}'  # the cause tells why a worker ended
     if isinstance(error, DataError):  # out of a data worker it is the last line of a traceback
         line = line.splitlines()[-1].removeprefix('models.DataError: ')
-    elif isinstance(error, torch.OutOfMemoryError):
-        line = 'the GPU is out of memory: lower --batch_size and raise --accum_iter by as much'
-    elif re.search('shared memory|/torch_', line):
+    elif isinstance(error, torch.OutOfMemoryError) or 'CUDA error: out of memory' in text:
+        line = (f'{line.splitlines()[0]} Lower --batch_size, in training raise --accum_iter by as much; '
+                'nvidia-smi shows what other processes hold')
+    elif re.search('out of shared memory|</torch_.*No space left', text):
         line = ('/dev/shm is full, over which data workers send images: lower --num_workers, or give '
                 'more (docker: --ipc=host)')
-    elif re.search('closed by peer|reset by peer', line):
-        line = 'another process has ended: its message says why'
     elif not dist.is_initialized():
         raise error
+    elif re.search('gloo.*(closed|reset) by peer', text):
+        line = 'another process has ended: its message says why'
     elif not isinstance(error, SystemExit):
         line = ''.join(traceback.format_exception(error))
     if dist.is_initialized():

@@ -482,15 +482,15 @@ class FoldedAttention(Attention):
         rel_w = relative_positions(self.rel_pos_w, width).to(q.dtype)
         by_row = torch.einsum('nhijd,ikd->nhijk', grid, rel_h).flatten(2, 3)
         by_column = torch.einsum('nhijd,jkd->nhijk', grid, rel_w).flatten(2, 3)
-        q = torch.cat([q, by_row / self.scale, by_column / self.scale], dim=-1)
+        more = -(q.shape[-1] + height + width) % 8  # kernels want a multiple of 8
+        by_column = F.pad(by_column / self.scale, (0, more))
+        q = torch.cat([q, by_row / self.scale, by_column], dim=-1)
         rows = torch.eye(height, dtype=k.dtype, device=k.device).repeat_interleave(width, 0)
         columns = torch.eye(width, dtype=k.dtype, device=k.device).repeat(height, 1)
-        place = torch.cat([rows, columns], dim=1)  # (L, height + width)
+        place = F.pad(torch.cat([rows, columns], dim=1), (0, more))  # (L, height + width + more)
         k = torch.cat([k, place.expand(n, self.num_heads, -1, -1)], dim=-1)
-        more = -q.shape[-1] % 8  # kernels want a multiple of 8
         x = F.scaled_dot_product_attention(
-            F.pad(q, (0, more)), F.pad(k, (0, more)), F.pad(v, (0, height + width + more)),
-            scale=self.scale)
+            q, k, F.pad(v, (0, height + width + more)), scale=self.scale)
         x = x[..., :v.shape[-1]].transpose(1, 2).reshape(n, height, width, -1)
         return self.proj(x)
 
@@ -1017,7 +1017,7 @@ def setup(args):
         raise SystemExit(f'{args.device}: this machine has {torch.cuda.device_count()} GPUs, as many '
                          'as --nproc_per_node may be')
     if cuda:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
         torch.set_float32_matmul_precision('high')  # float32 products in TF32, as convolutions
     if args.distributed:  # tensors on the CPU go over gloo, and wait for no GPU
         dist.init_process_group(

@@ -5,12 +5,12 @@ import re
 
 import pytest
 import torch
-from conftest import CLS, DET, GENERIC, SEG, checkpoint_of, command, largest_difference, log_of, run_two_processes, train
+from conftest import CLS, DET, GENERIC, SEG, checkpoint_of, command, log_of, run_two_processes, train
 
 DEVICE = os.environ.get('GPU_TEST_DEVICE', 'cuda')
 pytestmark = pytest.mark.skipif(DEVICE == 'cuda' and not torch.cuda.is_available(), reason='no GPU')
 
-# random erasing and drop path draw on the device
+# without what draws on the device: random erasing, drop path; dropout is off, see `exact`
 STAGES = {
     'generic': (GENERIC, '--teacher_path {mae} --accum_iter 2 --batch_size 4'),
     'pixel': (GENERIC, '--target pixel'),
@@ -41,8 +41,11 @@ def teachers(data, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def exact(monkeypatch):
-    """float32 without TF32, and the random choices of detection from the CPU's generator."""
+    """float32 without TF32, here and in other processes; no draw of the device."""
     randperm = torch.randperm
+    torch.set_float32_matmul_precision('highest')
+    monkeypatch.setenv('NVIDIA_TF32_OVERRIDE', '0')
+    monkeypatch.setattr(torch.nn.Dropout2d, 'forward', lambda self, x: x)
     monkeypatch.setattr(torch, 'set_float32_matmul_precision', lambda _: None)
     monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
     monkeypatch.setattr(torch, 'randperm', lambda n, device=None: randperm(n).to(device))
@@ -85,28 +88,32 @@ def test_float32_is_the_cpus(stage, data, teachers, tmp_path, monkeypatch):
 
 @EVERY_STAGE
 @pytest.mark.parametrize('amp', ['bf16', 'fp16'])
-def test_half_precision_is_close(stage, amp, data, teachers, tmp_path):
+def test_half_precision_is_close(stage, amp, data, teachers, tmp_path, monkeypatch):
+    """The first gradient has the direction of float32's; fp16's is the first that does not overflow."""
     if amp == 'fp16' and DEVICE == 'cpu':
         pytest.skip('the GPU\'s')
-    expected, _ = run_stage(stage, data, teachers, tmp_path / 'off', DEVICE, '--amp off')
-    log, _ = run_stage(stage, data, teachers, tmp_path / amp, DEVICE, '--amp', amp)
-    for left, right in zip(log, expected, strict=True):
-        assert left['train_loss'] == pytest.approx(right['train_loss'], rel=0.05)
+    runs = [run_stage(stage, data, teachers, tmp_path / kind, DEVICE, '--lr 0 --amp', kind, monkeypatch=monkeypatch)
+            for kind in ('off', amp)]
+    vectors = [[torch.cat([part.flatten() for part in update]) for update in gradients] for _, gradients in runs]
+    step = next(number for number, vector in enumerate(vectors[1]) if vector.isfinite().all())
+    assert torch.cosine_similarity(vectors[0][step], vectors[1][step], dim=0) > 0.97
 
 
 @EVERY_STAGE
 def test_a_run_that_was_stopped_goes_on(stage, data, teachers, tmp_path, monkeypatch):
-    """Within an epoch or round, in the GPU's own precision: the weights of a run that was not stopped."""
+    """Within an epoch or round, in the GPU's own precision: it ends where a run ends that was not stopped."""
     script, asked = STAGES[stage][0], []
     run_stage(stage, data, teachers, tmp_path / 'whole', DEVICE)
     with monkeypatch.context() as patch:
         patch.setattr(script, 'stop_requested', lambda args: asked.append(1) or len(asked) == 3)
         run_stage(stage, data, teachers, tmp_path / 'stopped', DEVICE)
-    stopped = checkpoint_of(tmp_path / 'stopped')
-    assert stopped['epoch'] < checkpoint_of(tmp_path / 'whole')['epoch']
+    whole, stopped = checkpoint_of(tmp_path / 'whole'), checkpoint_of(tmp_path / 'stopped')
+    assert stopped['epoch'] < whole['epoch']
     run_stage(stage, data, teachers, tmp_path / 'stopped', DEVICE, '--resume auto')
-    whole, resumed = (checkpoint_of(tmp_path / name)['model'] for name in ('whole', 'stopped'))
-    assert largest_difference({key: value.float() for key, value in whole.items()}, resumed) < 1e-3
+    vectors = [torch.cat([value.float().flatten() for value in checkpoint['model'].values()])
+               for checkpoint in (whole, stopped, checkpoint_of(tmp_path / 'stopped'))]
+    # sums on a GPU come in any order: far less than the way from the stop to the end
+    assert (vectors[0] - vectors[2]).norm() < 0.1 * (vectors[0] - vectors[1]).norm()
 
 
 @EVERY_STAGE
@@ -121,5 +128,10 @@ def test_two_processes_on_one_gpu_train_like_one(stage, data, teachers, tmp_path
     run_two_processes(tmp_path, {'two': words})
     train(script, data, tmp_path / 'one', flags, extra, f'--device {DEVICE} --batch_size {batch[1]}')
     first = [log_of(tmp_path / name)[0]['train_loss'] for name in ('two', 'one')]
-    # the samples of detection's regions are drawn by process
-    assert first[0] == pytest.approx(first[1], rel=0.1 if stage == 'det' else 1e-3)
+    # detection's regions and segmentation's dropout are drawn by each process
+    assert first[0] == pytest.approx(first[1], rel={'det': 0.1, 'seg': 0.01}.get(stage, 1e-3))
+    if stage == 'seg':  # statistics of both halves together
+        two, one = (checkpoint_of(tmp_path / name)['model'] for name in ('two', 'one'))
+        for name in one:
+            if 'running' in name:
+                torch.testing.assert_close(two[name], one[name], rtol=1e-2, atol=1e-3)

@@ -301,8 +301,7 @@ def test_a_wait_for_data_counts_only_once_the_gpu_is_done(monkeypatch, capsys):
     """The host runs ahead of a GPU: of 3 s a step those are waiting in which the step before was done."""
     clock, busy = SimpleNamespace(now=0.0), [True, False, True]
     monkeypatch.setattr(models, 'time', SimpleNamespace(time=lambda: clock.now, strftime=lambda _: 'now'))
-    monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: True)
-    monkeypatch.setattr(torch.cuda, 'max_memory_allocated', lambda: 0)
+    monkeypatch.setattr(torch.Tensor, 'is_cuda', True)
     monkeypatch.setattr(torch.cuda, 'Event', lambda: SimpleNamespace(record=lambda: None, query=lambda: not busy.pop(0)))
     args = SimpleNamespace(batch_size=8, world_size=1, print_freq=10, distributed=False, amp='off')
     meter = models.Meter(args, SimpleNamespace(param_groups=[{'lr': 0.5}]), epochs=1)
@@ -474,36 +473,62 @@ def test_an_error_of_a_process_is_one_line_and_a_status(data, files, tmp_path):
         assert done.returncode == 1 and len(lines) == 1 and re.fullmatch(message, lines[0]), done.stderr
 
 
-HELP = {
-    'the GPU is out of memory.*--batch_size.*--accum_iter': torch.OutOfMemoryError('CUDA out of memory. Tried to'),
-    '/dev/shm is full.*--num_workers.*--ipc=host': RuntimeError(
-        'DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader\'s workers are out of '
-        'shared memory. Please try to raise your shared memory limit.'),
-    'cannot read a.png': models.DataError('Traceback ...\nmodels.DataError: cannot read a.png'),
-    'another process has ended': RuntimeError('[gloo/transport/tcp/pair.cc] Connection closed by peer [10.0.0.1]'),
-}
+def wrapped(text):
+    """As a loader reports the end of a worker: the reason is in the cause."""
+    error = RuntimeError('DataLoader worker (pid(s) 7) exited unexpectedly')
+    error.__cause__ = RuntimeError(text)
+    return error
 
 
-@pytest.mark.parametrize('message', HELP)
-def test_what_users_of_gpus_meet_ends_in_one_line(message):
+BUS = ('DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader\'s workers are out of '
+       'shared memory. Please try to raise your shared memory limit.')
+HELP = [
+    (torch.OutOfMemoryError('CUDA out of memory. Tried 2 GiB.\nSee'), 'out of memory. Tried 2 GiB. Lower --batch_size'),
+    (RuntimeError('CUDA error: out of memory\nCUDA kernel errors'), 'out of memory Lower --batch_size.*nvidia-smi'),
+    (RuntimeError(BUS), '/dev/shm is full.*--num_workers.*--ipc=host'), (wrapped(BUS), '/dev/shm is full'),
+    (models.DataError('Traceback ...\nmodels.DataError: cannot read a.png'), '^cannot read a.png'),
+]
+
+
+@pytest.mark.parametrize('error, message', HELP)
+def test_what_users_of_gpus_meet_ends_in_one_line(error, message):
     with pytest.raises(SystemExit, match=message) as stop:
-        models.end_run(HELP[message])
+        models.end_run(error)
     assert len(stop.value.code.splitlines()) == 1
 
 
 def test_another_error_keeps_its_traceback_and_one_of_several_processes_ends_at_once(monkeypatch, capfd):
     """Alone it is raised again, for a debugger; among others it is printed, without waiting for them."""
-    ended = []
-    for error in (KeyError('fork'), SystemExit(2)):
-        with pytest.raises(type(error)):
+    ended, refused = [], SystemExit('--output_dir /torch_runs/a: out')
+    for error in (KeyError('fork'), FileNotFoundError('/torch_env/x'), refused, SystemExit(2), wrapped('killed'),
+                  RuntimeError('out of resource: shared memory, Required'), ConnectionResetError('reset by peer')):
+        with pytest.raises(type(error)) as raised:
             models.end_run(error)
+        assert raised.value is error
     monkeypatch.setattr(models.dist, 'is_initialized', lambda: True)
     monkeypatch.setattr(models.os, '_exit', lambda status: ended.append(status) or reach())
-    for error, printed in ((KeyError('fork'), 'KeyError: \'fork\''), (SystemExit('a line'), 'a line')):
+    gone = RuntimeError('[third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer [10.0.0.1]')
+    for error, printed in ((KeyError('fork'), 'KeyError: \'fork\''), (refused, '--output_dir /torch_runs/a: out'),
+                           (gone, 'another process has ended')):
         with pytest.raises(Reached):
             models.end_run(error)
         assert printed in capfd.readouterr().err
-    assert ended == [1, 1]
+    assert ended == [1, 1, 1]
+
+
+@EVERY_SCRIPT
+def test_the_gpu_of_a_process_is_chosen_and_must_exist(script, data, tmp_path, monkeypatch):
+    """Without torchrun the first one; a process without one is told how many there are."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setattr(torch._C, '_cuda_setDevice', lambda index: chosen.append(index) or reach(), raising=False)
+    for flags, index in (('--device cuda', 0), ('--device cuda:1', 1)):
+        with pytest.raises(Reached):
+            train(script, data, tmp_path, PLAIN[script], flags)
+        assert chosen.pop() == index
+    with pytest.raises(SystemExit, match='cuda:2: this machine has 2 GPUs'):
+        train(script, data, tmp_path, PLAIN[script], '--device cuda:2')
 
 
 @EVERY_SCRIPT
