@@ -123,7 +123,8 @@ def test_two_processes_on_one_gpu_train_like_one(stage, data, teachers, tmp_path
     if stage == 'det':
         pytest.importorskip('pycocotools')
     batch = {'generic': (2, 4), 'pixel': (4, 8), 'cls': (4, 8), 'det': (1, 2), 'seg': (2, 4)}[stage]
-    extra = '--amp off --mixup 0 --cutmix 0' if stage == 'cls' else '--amp off'  # mixing is a process's own
+    # mixing is a process's own; at a learning rate of 0 dropout does not reach the statistics
+    extra = '--amp off' + {'cls': ' --mixup 0 --cutmix 0', 'seg': ' --lr 0'}.get(stage, '')
     words = command(script, data, tmp_path / 'two', flags, extra, f'--device {DEVICE} --batch_size {batch[0]}')
     run_two_processes(tmp_path, {'two': words})
     train(script, data, tmp_path / 'one', flags, extra, f'--device {DEVICE} --batch_size {batch[1]}')
@@ -134,4 +135,4 @@ def test_two_processes_on_one_gpu_train_like_one(stage, data, teachers, tmp_path
         two, one = (checkpoint_of(tmp_path / name)['model'] for name in ('two', 'one'))
         for name in one:
             if 'running' in name:
-                torch.testing.assert_close(two[name], one[name], rtol=1e-2, atol=1e-3)
+                torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)
