@@ -131,7 +131,7 @@ def test_two_processes_on_one_gpu_train_like_one(stage, data, teachers, tmp_path
     first = [log_of(tmp_path / name)[0]['train_loss'] for name in ('two', 'one')]
     # detection's regions and segmentation's dropout are drawn by each process
     assert first[0] == pytest.approx(first[1], rel={'det': 0.1, 'seg': 0.01}.get(stage, 1e-3))
-    if stage == 'seg':  # statistics of both halves together
+    if stage == 'seg' and DEVICE != 'cpu':  # which synchronises no statistics: those of both halves together
         two, one = (checkpoint_of(tmp_path / name)['model'] for name in ('two', 'one'))
         for name in one:
             if 'running' in name:
