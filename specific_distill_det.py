@@ -883,11 +883,12 @@ def mask_counts(mask, box, size):
         places.append(2 * (pixels[-1] + 0.5 - low) / (high - low) - 1)  # -1 to 1 inside the box
     grid = torch.stack(torch.meshgrid(*places, indexing='ij'), dim=-1)  # (columns, rows, xy)
     values = F.grid_sample(mask[None, None], grid[None], align_corners=False)[0, 0]
-    columns = np.zeros((len(pixels[0]), size[0]), bool)
-    columns[:, pixels[1].numpy()] = values.numpy() >= 0.5
-    changes = np.flatnonzero(np.diff(columns.ravel(), prepend=False, append=False))
-    first = int(pixels[0][0]) * size[0] if len(pixels[0]) else 0  # pixels in the columns before
-    counts = np.diff(changes + first, prepend=0, append=size[0] * size[1])
+    left, top = (int(places[0]) if len(places) else 0 for places in pixels)
+    flat = np.zeros(values.shape[0] * size[0] + 2, bool)  # the box's columns, a zero at either end
+    columns = flat[1:-1].reshape(-1, size[0])
+    columns[:, top:top + values.shape[1]] = values.numpy() >= 0.5
+    changes = np.flatnonzero(flat[1:] != flat[:-1]) + left * size[0]
+    counts = np.diff(changes, prepend=0, append=size[0] * size[1])
     return counts[:len(counts) - (counts[-1] == 0)].tolist()
 
 
