@@ -883,7 +883,7 @@ def mask_counts(mask, box, size):
         places.append(2 * (pixels[-1] + 0.5 - low) / (high - low) - 1)  # -1 to 1 inside the box
     grid = torch.stack(torch.meshgrid(*places, indexing='ij'), dim=-1)  # (columns, rows, xy)
     values = F.grid_sample(mask[None, None], grid[None], align_corners=False)[0, 0]
-    left, top = (int(places[0]) if len(places) else 0 for places in pixels)
+    left, top = (int(line[0]) if len(line) else 0 for line in pixels)
     flat = np.zeros(values.shape[0] * size[0] + 2, bool)  # the box's columns, a zero at either end
     columns = flat[1:-1].reshape(-1, size[0])
     columns[:, top:top + values.shape[1]] = values.numpy() >= 0.5
