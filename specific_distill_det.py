@@ -878,17 +878,19 @@ def mask_counts(mask, box, size):
     Run lengths go down the columns; the first counts zeros.
     """
     pixels, places = [], []  # of columns, then of rows
-    for low, high, side in zip(box[:2].tolist(), box[2:].tolist(), size[::-1]):
-        pixels.append(torch.arange(max(0, math.floor(low)), min(side, math.ceil(high))))
+    x0, y0, x1, y1 = box.tolist()
+    for low, high, side in (x0, x1, size[1]), (y0, y1, size[0]):
+        pixels.append(np.arange(max(0, math.floor(low)), min(side, math.ceil(high)), dtype=np.float32))
         places.append(2 * (pixels[-1] + 0.5 - low) / (high - low) - 1)  # -1 to 1 inside the box
-    grid = torch.stack(torch.meshgrid(*places, indexing='ij'), dim=-1)  # (columns, rows, xy)
+    grid = torch.empty(len(places[0]), len(places[1]), 2)  # (columns, rows, xy)
+    grid[..., 0], grid[..., 1] = torch.from_numpy(places[0])[:, None], torch.from_numpy(places[1])
     values = F.grid_sample(mask[None, None], grid[None], align_corners=False)[0, 0]
     left, top = (int(line[0]) if len(line) else 0 for line in pixels)
     flat = np.zeros(values.shape[0] * size[0] + 2, bool)  # the box's columns, a zero at either end
     columns = flat[1:-1].reshape(-1, size[0])
     columns[:, top:top + values.shape[1]] = values.numpy() >= 0.5
     changes = np.flatnonzero(flat[1:] != flat[:-1]) + left * size[0]
-    counts = np.diff(changes, prepend=0, append=size[0] * size[1])
+    counts = np.diff(np.concatenate([[0], changes, [size[0] * size[1]]]))
     return counts[:len(counts) - (counts[-1] == 0)].tolist()
 
 
