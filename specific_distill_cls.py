@@ -4,7 +4,7 @@ Paper:   G2SD (Huang, Peng et al., CVPR 2023, arXiv 2302.14771), supplement Tabl
 Reads:   --data_path   train/CLASS/ and val/CLASS/, as ImageNet
          --finetune    start weights: stage 1's checkpoint.pth, MAE's ...; without it, from scratch
          --teacher_path   a classifier, e.g. mae_finetuned_vit_base.pth; without it, labels alone;
-                       of another architecture with --teacher_model timm/regnety_160.deit_in1k
+                          a CNN with --teacher_model timm/regnety_160.deit_in1k
 8 GPUs:  torchrun --nproc_per_node=8 specific_distill_cls.py --data_path IMAGENET \
          --finetune runs/generic/checkpoint.pth --teacher_path mae_finetuned_vit_base.pth
 CPU:     python tools/toy_data.py --out toy --only imagenet
