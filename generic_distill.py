@@ -9,14 +9,13 @@ CPU:     python tools/toy_data.py --out toy --only imagenet
          python generic_distill.py --data_path toy/imagenet --target pixel --input_size 48 \
          --model mae_vit_nano_patch8 --batch_size 64 --accum_iter 1 --epochs 4 --warmup_epochs 1
 Writes:  output_dir/checkpoint.pth (for --finetune of stage 2), log.txt (JSON per epoch), args.json
-`--target pixel` is MAE itself: so a teacher for your own data is made. Distil that one with the same
+`--target pixel` is MAE itself and makes a teacher for your own data. Distil that one with the same
 command, `--teacher_path output_dir/checkpoint.pth --output_dir student` in place of `--target pixel`.
 With `--model mae_vit_base_patch16 --init mae_pretrain_vit_base_full.pth` it goes on from MAE's weights.
 """
 import argparse
 import contextlib
 import json
-import math
 import os
 import re
 import shlex
@@ -141,9 +140,11 @@ def build_data(args, num_patches):
         root = Path(args.data_path or '')
         if not args.data_path or not root.is_dir():
             raise SystemExit(f'--data_path {args.data_path}: give a folder of images')
-        # beside the training images: of validation, of test, or labels (COCO, ADE20K, Places365)
-        names = sorted(next(os.walk(root))[1])
-        names += [f'images/{name}' for name in sorted(next(os.walk(root / 'images'), ('', ()))[1])]
+        # what may stand beside the training images: validation, test, labels (COCO, ADE20K, Places365)
+        names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+        if 'images' in names:
+            inside = os.scandir(root / 'images')
+            names += sorted(f'images/{entry.name}' for entry in inside if entry.is_dir())
         pattern = re.compile(r'(images/)?(val(id(ation)?)?|test)([\d_-].*)?|(images/)?annotations', re.I)
         other = [name for name in names if pattern.fullmatch(name)]
         if (root / 'train').is_dir():
@@ -257,7 +258,6 @@ def train_one_epoch(model, teacher, loader, optimizer, scheduler, scaler, meter,
 # ---- run plumbing: the same lines in all four scripts (tests/test_shared.py) ---------------------
 
 AMP_DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'off': None}
-ORIGIN = ('commit', 'versions', 'hardware')  # what args.json holds besides the flags
 stop_signal = threading.Event()
 
 
@@ -268,7 +268,7 @@ def parse_args(parser):
         if not Path(args.config).is_file():
             raise SystemExit(f'--config {args.config}: no such file, give the args.json of a run')
         stored = json.loads(Path(args.config).read_text())
-        for name in ('config', 'output_dir', 'resume', *ORIGIN):
+        for name in ('config', 'output_dir', 'resume', 'commit', 'versions', 'hardware'):
             stored.pop(name, None)
         unknown = stored.keys() - vars(args).keys()
         if unknown:
@@ -310,11 +310,9 @@ def setup(args):
     if args.rank:
         sys.stdout = open(os.devnull, 'w')
     sys.stdout.reconfigure(line_buffering=True)
-    if args.amp is None:
-        args.amp = 'off'
-        if cuda:
-            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-            args.amp = 'bf16' if bf16 else 'fp16'
+    if args.amp is None and cuda:
+        args.amp = 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp16'
+    args.amp = args.amp or 'off'
     timm.layers.set_fused_attn(cuda)  # on a CPU the fused kernel is slower, by a fifth in bf16
     models.seed_everything(args.seed, models.START)
     git = ['git', '-C', str(Path(__file__).resolve().parent), 'describe', '--always', '--dirty']
@@ -326,7 +324,7 @@ def setup(args):
     hardware = f'{args.world_size} x {torch.cuda.get_device_name() if cuda else "cpu"}'
     print(f'command: {shlex.join(sys.argv)}\n'
           f'commit {commit}, {versions}, {hardware}, amp {args.amp}')
-    given |= zip(ORIGIN, (commit, versions, hardware))
+    given |= {'commit': commit, 'versions': versions, 'hardware': hardware}
     if getattr(args, 'eval', False):
         return device, given
     folder = Path(args.output_dir)
@@ -357,32 +355,27 @@ def stop_requested(args):
 
 
 def gradient_sync(model, step, args):
-    """Context of forward: DDP averages gradients in the last of --accum_iter steps only."""
-    last = (step + 1) % args.accum_iter == 0
-    return contextlib.nullcontext() if last or not args.distributed else model.no_sync()
+    """Context of the forward pass: DDP averages gradients only in the last of --accum_iter steps."""
+    if args.distributed and (step + 1) % args.accum_iter:
+        return model.no_sync()
+    return contextlib.nullcontext()
 
 
 def backward(loss, model, optimizer, scaler, step, args):
-    """Adds the gradients of a step; in the last of --accum_iter updates, and returns their norm."""
+    """Backward pass; the last of --accum_iter steps also updates, and returns the gradient norm."""
     scaler.scale(loss / args.accum_iter).backward()
     if (step + 1) % args.accum_iter:
         return None
     scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or float('inf'))
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
     return grad_norm
 
 
-def write_args(args, given):
-    """Writes args.json; after the resume, as a run that is refused leaves it alone."""
-    if args.rank == 0:
-        Path(args.output_dir, 'args.json').write_text(json.dumps(given, indent=2) + '\n')
-
-
 def write_log(args, line):
-    """Adds a line to log.txt; lines of the same and later epochs go, they were run again."""
+    """Adds a line to log.txt; drops those of the same and later epochs, which have been run again."""
     path, key = Path(args.output_dir, 'log.txt'), next(iter(line))  # epoch or iteration
     if args.rank == 0:
         lines = path.read_text().splitlines() if path.exists() else []
@@ -465,7 +458,8 @@ def main(args):
     # timm's schedulers depend on the step alone; a scheduler with a state belongs here, too
     parts = {'model': model_without_ddp, 'optimizer': optimizer, 'scaler': scaler, 'meter': meter}
     first_epoch, samples = models.resume(args, **parts)
-    write_args(args, given)
+    if args.rank == 0:  # a run whose resume is refused leaves the file alone
+        Path(args.output_dir, 'args.json').write_text(json.dumps(given, indent=2) + '\n')
     # 7. epochs: train, save, evaluate, log
     for epoch in range(first_epoch, args.epochs):
         start = loader.sampler.set_epoch(epoch, samples)

@@ -259,8 +259,7 @@ class LayerDecayGroups:
     """
 
     def group_matcher(self, coarse=False):
-        return {'stem': r'^(?:cls_token|pos_embed|patch_embed)',
-                'blocks': [(r'^blocks\.(\d+)', None)]}
+        return {'stem': r'^(?:cls_token|pos_embed|patch_embed)', 'blocks': r'^blocks\.(\d+)'}
 
 
 class PlainViT(LayerDecayGroups, VisionTransformer):
@@ -377,13 +376,13 @@ def own_args(checkpoint):
     return stored if ours else {}
 
 
-def find_state_dict(checkpoint, path, use_ema=False):
+def find_state_dict(checkpoint, path, first=()):
     """What `read_checkpoint` gave -> the dict of tensors in it, under the names of the file.
 
-    use_ema: averaged weights first, as timm reads its own files.
+    first: keys that are looked for before those of MAE, DeiT, timm, DINO and iBOT.
     """
-    state, averaged = checkpoint, ('state_dict_ema', 'model_ema') if use_ema else ()
-    for key in (*averaged, 'model', 'state_dict', 'teacher', 'student'):
+    state = checkpoint
+    for key in (*first, 'model', 'state_dict', 'teacher', 'student'):
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
             state = checkpoint[key]
             break
@@ -455,13 +454,13 @@ def fit_positions(model, state_dict, path, flags):
         if old_grid != grid:
             table = resample_abs_pos_embed(table, grid, old_grid, prefix, antialias=False)
             done.append(f'{key} {old_grid[0]}x{old_grid[1]} -> {grid[0]}x{grid[1]}')
+        if own.ndim == 4:  # a detector's
+            state_dict[key] = table[:, prefix:].unflatten(1, grid)
+            continue
         if prefix == 0:
-            table, prefix = F.pad(table, (0, 0, 1, 0)), 1
-            if own.ndim == 3:
-                done.append(f'{key}: zero position for the class token')
-        if own.ndim == 4:
-            table = table[:, prefix:].unflatten(1, grid)
-        elif own.shape[1] > table.shape[1]:
+            table = F.pad(table, (0, 0, 1, 0))
+            done.append(f'{key}: zero position for the class token')
+        if own.shape[1] > table.shape[1]:
             table = torch.cat([table[:, :1], torch.zeros_like(table[:, :1]), table[:, 1:]], dim=1)
             done.append('zero position for the distillation token')
         elif own.shape[1] < table.shape[1]:
@@ -482,7 +481,7 @@ def load_strictly(model, state_dict, path):
 def load_weights(model, path):
     """Loads all weights of a model strictly, positions resized if need be; prints what it loaded.
 
-    An encoder-only MAE in stage 1 is what users of the authors' code report: it is named.
+    An MAE without its decoder has a message of its own: users of the authors' code met this.
     """
     checkpoint = read_checkpoint(path)
     state_dict = flat_state_dict(checkpoint, path)
@@ -573,10 +572,10 @@ def save_checkpoint(args, epoch, step, loader, classes=None, **parts):
 
 def find_checkpoint(args):
     """(path, contents) of --resume; auto: newest readable in --output_dir; else (None, None)."""
-    if args.resume != 'auto':
-        return args.resume, args.resume and read_checkpoint(args.resume)
-    paths = [Path(args.output_dir, name) for name in ('checkpoint.pth', 'previous.pth')]
-    paths = [path for path in paths if path.exists()]
+    paths = [args.resume] if args.resume else []
+    if args.resume == 'auto':
+        paths = [Path(args.output_dir, name) for name in ('checkpoint.pth', 'previous.pth')]
+        paths = [path for path in paths if path.exists()]
     for path in paths:
         try:
             return path, read_checkpoint(path)
@@ -609,7 +608,7 @@ def resume(args, classes=None, fixed=(), **parts):
         if checkpoint['args'].get(name) != getattr(args, name):
             raise SystemExit(f'{path} cannot be resumed: --{name} was {checkpoint["args"].get(name)}')
     check_classes(checkpoint['classes'], classes or [], path)
-    load_strictly(parts['model'], checkpoint['model'], path)
+    load_strictly(parts.pop('model'), checkpoint['model'], path)
     # the file's moments and rates; weight decay, layer decay and so on are those of this run
     groups = parts['optimizer'].state_dict()['param_groups']
     old = checkpoint['optimizer']['param_groups']
@@ -638,7 +637,7 @@ class Meter:
         self.grad_norm, self.seconds, self.step_done = torch.zeros(()), 0.0, None
 
     def log_every(self, loader, epoch, start):
-        """Yields (step, batch) from `start` on; prints after the first and every --print_freq."""
+        """Yields (step, batch) from `start` on; prints after the first and each --print_freq-th."""
         if start == 0:
             self.sums, self.steps = 0.0, 0
         steps, waited = len(loader), 0.0
@@ -850,7 +849,7 @@ class SeededSampler(torch.utils.data.Sampler):
         else:
             first = epoch * self.round_updates * per_update
             updates = min(self.round_updates, self.total_updates - epoch * self.round_updates)
-        # in whole updates: the batch before a resume may have been another one
+        # in whole updates: a resume may change the batch size
         left = int(max(0, updates * per_update - done) // per_update)
         self.steps = updates * self.accum_iter
         self.done = done if left else updates * per_update
@@ -882,7 +881,7 @@ def start_worker(_):
     """A data worker's start: torchrun signals the whole group, and the parent needs its workers."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    if os.getppid() != multiprocessing.parent_process().pid:  # killed just now; torch would not notice
+    if os.getppid() != multiprocessing.parent_process().pid:  # dead: torch would not notice
         os._exit(1)
 
 
@@ -901,7 +900,7 @@ def kill_workers():
 def end_run(error):
     """Ends a script after an error: one line where its user can help it, else the traceback.
 
-    One of several processes ends at once: the others, which wait for it, learn it from torchrun.
+    One of several processes ends at once; torchrun then stops the others, which wait for it.
     """
     line, text = str(error), f'{error} {error.__cause__}'  # the cause tells why a worker ended
     if isinstance(error, DataError):  # out of a data worker it is the last line of a traceback

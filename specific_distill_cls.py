@@ -17,7 +17,6 @@ alone: DeiT with distillation. Neither: DeiT. Evaluation: --eval --resume CHECKP
 import argparse
 import contextlib
 import json
-import math
 import os
 import shlex
 import signal
@@ -177,9 +176,8 @@ def build_data(args):
     val = open_dataset(args, 'val', build_transform(args, is_train=False))
     if not len(val):
         raise SystemExit(f'--data_path {args.data_path}: val/ holds no image')
-    own_share = [(0, index) for index in range(args.rank, len(val), args.world_size)]
-    val_loader = torch.utils.data.DataLoader(
-        models.SeededDataset(val, args.seed), sampler=own_share, **options)
+    own_share = range(args.rank, len(val), args.world_size)
+    val_loader = torch.utils.data.DataLoader(val, sampler=own_share, **options)
     if args.eval:
         print(f'data: {len(val)} images to evaluate on, {models.count_classes(val.classes)}')
         return None, val_loader, val.classes
@@ -226,7 +224,9 @@ class TimmTeacher(torch.nn.Module):
         if not timm.is_model(name.split('.')[0]):
             raise SystemExit(f'--teacher_model timm/{name}: no such model, see timm.list_models()')
         checkpoint = models.read_checkpoint(path)
-        state = timm.models.clean_state_dict(models.find_state_dict(checkpoint, path, use_ema=True))
+        averaged = ('state_dict_ema', 'model_ema')  # preferred by timm
+        state = models.find_state_dict(checkpoint, path, first=averaged)
+        state = timm.models.clean_state_dict(state)
         if models.own_args(checkpoint):
             raise SystemExit(f'{path} is of these scripts: leave out --teacher_model')
         config = {'state_dict': state, 'num_classes': len(classes), 'label_offset': 0}
@@ -249,7 +249,7 @@ class TimmTeacher(torch.nn.Module):
             raise SystemExit(f'--teacher_model timm/{name} and {path}: {reason}') from error
         config = timm.data.resolve_model_data_config(self.model)
         self.input_size = tuple(config['input_size'][1:])
-        mean, std = models.image_statistics(torch.device('cpu'))  # what the images have
+        mean, std = models.image_statistics(torch.device('cpu'))  # of the images here
         own_mean, own_std = (torch.tensor(config[name])[:, None, None] for name in ('mean', 'std'))
         self.register_buffer('scale', std / own_std)
         self.register_buffer('shift', (mean - own_mean) / own_std)
@@ -300,7 +300,7 @@ def train_one_epoch(model, teacher, loader, optimizer, scheduler, scaler, mixup,
                     epoch, start, args):
     """Trains from step `start` on; returns the steps done, fewer than all after a signal."""
     model.train()
-    erase = RandomErasing(args.reprob, mode='pixel', device=device)  # normal noise, once normalised
+    erase = RandomErasing(args.reprob, mode='pixel', device=device)  # with N(0, 1) noise
     for step, (images, labels) in meter.log_every(loader, epoch, start):
         if step % args.accum_iter == 0:
             scheduler.step(epoch + step / len(loader))
@@ -356,7 +356,6 @@ def evaluate(model, loader, device, args):
 # ---- run plumbing: the same lines in all four scripts (tests/test_shared.py) ---------------------
 
 AMP_DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'off': None}
-ORIGIN = ('commit', 'versions', 'hardware')  # what args.json holds besides the flags
 stop_signal = threading.Event()
 
 
@@ -367,7 +366,7 @@ def parse_args(parser):
         if not Path(args.config).is_file():
             raise SystemExit(f'--config {args.config}: no such file, give the args.json of a run')
         stored = json.loads(Path(args.config).read_text())
-        for name in ('config', 'output_dir', 'resume', *ORIGIN):
+        for name in ('config', 'output_dir', 'resume', 'commit', 'versions', 'hardware'):
             stored.pop(name, None)
         unknown = stored.keys() - vars(args).keys()
         if unknown:
@@ -409,11 +408,9 @@ def setup(args):
     if args.rank:
         sys.stdout = open(os.devnull, 'w')
     sys.stdout.reconfigure(line_buffering=True)
-    if args.amp is None:
-        args.amp = 'off'
-        if cuda:
-            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-            args.amp = 'bf16' if bf16 else 'fp16'
+    if args.amp is None and cuda:
+        args.amp = 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp16'
+    args.amp = args.amp or 'off'
     timm.layers.set_fused_attn(cuda)  # on a CPU the fused kernel is slower, by a fifth in bf16
     models.seed_everything(args.seed, models.START)
     git = ['git', '-C', str(Path(__file__).resolve().parent), 'describe', '--always', '--dirty']
@@ -425,7 +422,7 @@ def setup(args):
     hardware = f'{args.world_size} x {torch.cuda.get_device_name() if cuda else "cpu"}'
     print(f'command: {shlex.join(sys.argv)}\n'
           f'commit {commit}, {versions}, {hardware}, amp {args.amp}')
-    given |= zip(ORIGIN, (commit, versions, hardware))
+    given |= {'commit': commit, 'versions': versions, 'hardware': hardware}
     if getattr(args, 'eval', False):
         return device, given
     folder = Path(args.output_dir)
@@ -456,32 +453,27 @@ def stop_requested(args):
 
 
 def gradient_sync(model, step, args):
-    """Context of forward: DDP averages gradients in the last of --accum_iter steps only."""
-    last = (step + 1) % args.accum_iter == 0
-    return contextlib.nullcontext() if last or not args.distributed else model.no_sync()
+    """Context of the forward pass: DDP averages gradients only in the last of --accum_iter steps."""
+    if args.distributed and (step + 1) % args.accum_iter:
+        return model.no_sync()
+    return contextlib.nullcontext()
 
 
 def backward(loss, model, optimizer, scaler, step, args):
-    """Adds the gradients of a step; in the last of --accum_iter updates, and returns their norm."""
+    """Backward pass; the last of --accum_iter steps also updates, and returns the gradient norm."""
     scaler.scale(loss / args.accum_iter).backward()
     if (step + 1) % args.accum_iter:
         return None
     scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or float('inf'))
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
     return grad_norm
 
 
-def write_args(args, given):
-    """Writes args.json; after the resume, as a run that is refused leaves it alone."""
-    if args.rank == 0:
-        Path(args.output_dir, 'args.json').write_text(json.dumps(given, indent=2) + '\n')
-
-
 def write_log(args, line):
-    """Adds a line to log.txt; lines of the same and later epochs go, they were run again."""
+    """Adds a line to log.txt; drops those of the same and later epochs, which have been run again."""
     path, key = Path(args.output_dir, 'log.txt'), next(iter(line))  # epoch or iteration
     if args.rank == 0:
         lines = path.read_text().splitlines() if path.exists() else []
@@ -572,7 +564,8 @@ def main(args):
     # timm's schedulers depend on the step alone; a scheduler with a state belongs here, too
     parts = {'model': model_without_ddp, 'optimizer': optimizer, 'scaler': scaler, 'meter': meter}
     first_epoch, samples = models.resume(args, classes, **parts)
-    write_args(args, given)
+    if args.rank == 0:  # a run whose resume is refused leaves the file alone
+        Path(args.output_dir, 'args.json').write_text(json.dumps(given, indent=2) + '\n')
     # 7. epochs: train, save, evaluate, log
     for epoch in range(first_epoch, args.epochs):
         start = loader.sampler.set_epoch(epoch, samples)

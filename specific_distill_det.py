@@ -25,7 +25,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, defaultdict
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -140,7 +140,7 @@ def get_args_parser():
 
 def segmentation_box(segmentation):
     """COCO polygons or run lengths -> the box around them, xywh in pixels."""
-    from pycocotools import mask as coco_mask  # the other stages do without pycocotools
+    from pycocotools import mask as coco_mask  # optional: only this stage needs it
     if isinstance(segmentation, dict):
         if isinstance(segmentation['counts'], list):
             segmentation = coco_mask.frPyObjects(segmentation, *segmentation['size'])
@@ -247,21 +247,18 @@ def crop_object(segmentation, size, part, new_size):
         if isinstance(segmentation['counts'], list):
             segmentation = coco_mask.frPyObjects(segmentation, *size)
         seen = coco_mask.decode(segmentation)[top:top + height, left:left + width]
-        columns, rows = seen.any(axis=0).nonzero()[0], seen.any(axis=1).nonzero()[0]
-        corners = [np.append(places[:1], places[-1:] + 1) for places in (columns, rows)]
-        corners = np.stack(corners, axis=1) * scale
+        x, y, w, h = coco_mask.toBbox(coco_mask.encode(np.asfortranarray(seen)))
+        corners = np.array([(x, y), (x + w, y + h)]) * scale
+        seen = torch.from_numpy(255 * seen)[None]
+        mask = v2.functional.resize(seen, new_size, antialias=True)[0].numpy()
     else:
         polygons = [(np.reshape(polygon, (-1, 2)) - (left, top)) * scale for polygon in segmentation]
         parts = [clip_polygon(polygon, *new_size[::-1]) for polygon in polygons]
         # a part that only touches the border is clipped to a line
         parts = [part for part in parts if len(part) and min(np.ptp(part, axis=0)) > 0]
-        corners = np.concatenate(parts or [np.zeros((0, 2))])
-    if not len(corners):
-        return None, None
-    if isinstance(segmentation, dict):
-        seen = torch.from_numpy(255 * seen)[None]
-        mask = v2.functional.resize(seen, new_size, antialias=True)[0].numpy()
-    else:
+        if not parts:
+            return None, None
+        corners = np.concatenate(parts)
         # inside the box at twice the size, then the mean of four pixels
         x0, y0 = np.floor(corners.min(axis=0)).astype(int)
         x1, y1 = np.ceil(corners.max(axis=0)).astype(int)
@@ -380,9 +377,8 @@ class CocoDataset(torch.utils.data.Dataset):
 
 
 def collate_fn(batch):
-    """[(image, target)] -> (images, targets), two lists: the network pads images to one size."""
-    images, targets = zip(*batch)
-    return list(images), list(targets)
+    """[(image, target)] -> (images, targets), two tuples: the network pads images to one size."""
+    return tuple(zip(*batch))
 
 
 def coco_paths(args, split):
@@ -424,9 +420,8 @@ def build_data(args):
         raise SystemExit(f'{val_path} has no object to evaluate; left out: {reasons(val_left_out)}')
     val = CocoDataset(val_coco, val_images, args, is_train=False)
     _ = val[0]  # finds a wrong folder now, not after the first round
-    own_share = [(0, index) for index in range(args.rank, len(val), args.world_size)]
-    val_loader = torch.utils.data.DataLoader(
-        models.SeededDataset(val, args.seed), sampler=own_share, **options)
+    own_share = range(args.rank, len(val), args.world_size)
+    val_loader = torch.utils.data.DataLoader(val, sampler=own_share, **options)
     evaluated = (f'{len(val)} images with {objects} objects to evaluate on, left out: '
                  f'{reasons(val_left_out)}')
     if args.eval:
@@ -569,7 +564,7 @@ class SimpleFeaturePyramid(nn.Module):
         x = self.net(images)
         features = [level(x) for level in self.levels]
         features.append(F.max_pool2d(features[-1], 1, stride=2))
-        return OrderedDict((str(k), feature) for k, feature in enumerate(features))
+        return {str(k): feature for k, feature in enumerate(features)}
 
 
 class UnroundedAnchorGenerator(AnchorGenerator):
@@ -628,9 +623,10 @@ class AlignedRoIPooler(MultiScaleRoIAlign):
 
 
 class NormaliseAndPad(GeneralizedRCNNTransform):
-    """Normalises and pads bottom right with zeros; torchvision's rescales, against the jitter.
+    """Normalises and pads bottom right with zeros.
 
-    torchvision's `normalize` makes tensors of lists: that waits for a GPU, image by image.
+    torchvision's `resize` would undo the scale jitter; its `normalize` makes tensors of lists, and
+    so waits for a GPU, image by image.
     """
 
     def normalize(self, image):
@@ -664,9 +660,7 @@ class Detector(MaskRCNN):
             mask_roi_pool=pooler(14),
             mask_head=MaskRCNNHeads(width, [width] * 4, 1, norm_layer=LayerNorm2d),
             mask_predictor=MaskRCNNPredictor(width, width, num_classes + 1))
-        self.transform = NormaliseAndPad(
-            0, 0, self.transform.image_mean, self.transform.image_std,
-            size_divisible=args.input_size[0])
+        self.transform = NormaliseAndPad(0, 0, None, None, size_divisible=args.input_size[0])
         self.rpn.compute_loss = partial(rpn_loss, self.rpn.fg_bg_sampler)
         self.rpn.min_size = torch.finfo(torch.float32).tiny  # any box that is not empty
         # detectron2's start values
@@ -975,7 +969,6 @@ def evaluate(model, loader, coco, device, args):
 # ---- run plumbing: the same lines in all four scripts (tests/test_shared.py) ---------------------
 
 AMP_DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'off': None}
-ORIGIN = ('commit', 'versions', 'hardware')  # what args.json holds besides the flags
 stop_signal = threading.Event()
 
 
@@ -986,7 +979,7 @@ def parse_args(parser):
         if not Path(args.config).is_file():
             raise SystemExit(f'--config {args.config}: no such file, give the args.json of a run')
         stored = json.loads(Path(args.config).read_text())
-        for name in ('config', 'output_dir', 'resume', *ORIGIN):
+        for name in ('config', 'output_dir', 'resume', 'commit', 'versions', 'hardware'):
             stored.pop(name, None)
         unknown = stored.keys() - vars(args).keys()
         if unknown:
@@ -1028,11 +1021,9 @@ def setup(args):
     if args.rank:
         sys.stdout = open(os.devnull, 'w')
     sys.stdout.reconfigure(line_buffering=True)
-    if args.amp is None:
-        args.amp = 'off'
-        if cuda:
-            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-            args.amp = 'bf16' if bf16 else 'fp16'
+    if args.amp is None and cuda:
+        args.amp = 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp16'
+    args.amp = args.amp or 'off'
     timm.layers.set_fused_attn(cuda)  # on a CPU the fused kernel is slower, by a fifth in bf16
     models.seed_everything(args.seed, models.START)
     git = ['git', '-C', str(Path(__file__).resolve().parent), 'describe', '--always', '--dirty']
@@ -1044,7 +1035,7 @@ def setup(args):
     hardware = f'{args.world_size} x {torch.cuda.get_device_name() if cuda else "cpu"}'
     print(f'command: {shlex.join(sys.argv)}\n'
           f'commit {commit}, {versions}, {hardware}, amp {args.amp}')
-    given |= zip(ORIGIN, (commit, versions, hardware))
+    given |= {'commit': commit, 'versions': versions, 'hardware': hardware}
     if getattr(args, 'eval', False):
         return device, given
     folder = Path(args.output_dir)
@@ -1075,32 +1066,27 @@ def stop_requested(args):
 
 
 def gradient_sync(model, step, args):
-    """Context of forward: DDP averages gradients in the last of --accum_iter steps only."""
-    last = (step + 1) % args.accum_iter == 0
-    return contextlib.nullcontext() if last or not args.distributed else model.no_sync()
+    """Context of the forward pass: DDP averages gradients only in the last of --accum_iter steps."""
+    if args.distributed and (step + 1) % args.accum_iter:
+        return model.no_sync()
+    return contextlib.nullcontext()
 
 
 def backward(loss, model, optimizer, scaler, step, args):
-    """Adds the gradients of a step; in the last of --accum_iter updates, and returns their norm."""
+    """Backward pass; the last of --accum_iter steps also updates, and returns the gradient norm."""
     scaler.scale(loss / args.accum_iter).backward()
     if (step + 1) % args.accum_iter:
         return None
     scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or float('inf'))
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
     return grad_norm
 
 
-def write_args(args, given):
-    """Writes args.json; after the resume, as a run that is refused leaves it alone."""
-    if args.rank == 0:
-        Path(args.output_dir, 'args.json').write_text(json.dumps(given, indent=2) + '\n')
-
-
 def write_log(args, line):
-    """Adds a line to log.txt; lines of the same and later epochs go, they were run again."""
+    """Adds a line to log.txt; drops those of the same and later epochs, which have been run again."""
     path, key = Path(args.output_dir, 'log.txt'), next(iter(line))  # epoch or iteration
     if args.rank == 0:
         lines = path.read_text().splitlines() if path.exists() else []
@@ -1146,7 +1132,7 @@ def main(args):
         models.load_pretrained(detector.backbone.net, args.finetune)
     model_without_ddp = Student(detector, adapters).to(device)
     model = model_without_ddp
-    if args.compile:  # behind the backbones, shapes depend on what is found
+    if args.compile:  # the backbones alone: behind them, shapes depend on what is found
         detector.backbone.compile()
         if teacher is not None:
             teacher.backbone.compile()
@@ -1174,7 +1160,8 @@ def main(args):
     if teacher is not None:
         parts['adapters'] = adapters
     first_epoch, samples = models.resume(args, classes, fixed=('eval_every', 'iterations'), **parts)
-    write_args(args, given)
+    if args.rank == 0:  # a run whose resume is refused leaves the file alone
+        Path(args.output_dir, 'args.json').write_text(json.dumps(given, indent=2) + '\n')
     # 7. rounds: train, save, evaluate, log
     for epoch in range(first_epoch, rounds):
         start = loader.sampler.set_epoch(epoch, samples)

@@ -153,8 +153,9 @@ def read_label(path, reduce_zero_label):
         raise models.DataError(f'cannot read {path} ({image.format}, mode {image.mode}): labels are '
                                'PNGs of single bytes')
     label = torch.from_numpy(np.array(image, np.uint8))
-    if image.mode == 'L':  # Pillow scales values of fewer bits than 8; a PNG's byte 24 has their number
-        label = label // (255 // (2 ** path.read_bytes()[24] - 1))
+    if image.mode == 'L':  # Pillow has scaled values of 1, 2 and 4 bits to 0..255
+        bits = path.read_bytes()[24]  # in a PNG's header
+        label = label // (255 // (2 ** bits - 1))
     if reduce_zero_label:
         label = torch.where(label == IGNORE, label, label - 1)  # in bytes 0 - 1 is 255
     return label
@@ -181,7 +182,8 @@ def read_classes(args, counts):
     checkpoint's, else the largest label of `counts` tells.
     """
     names, number, first = {}, args.nb_classes, int(args.reduce_zero_label)
-    for path in (Path(args.data_path, file) for file in ('objectInfo150.txt', 'classes.txt')):
+    for file in ('objectInfo150.txt', 'classes.txt'):
+        path = Path(args.data_path, file)
         if path.is_file() and not names:
             for line in path.read_text(encoding='utf-8-sig', errors='replace').splitlines():
                 # the value, then the name: in ADE20K's table behind the last tab
@@ -308,11 +310,10 @@ def build_data(args):
     """
     val_pairs, unused = list_pairs(args.data_path, args.val_split)
     train_pairs = []
+    counts, val_counts = torch.zeros(2, 256, dtype=torch.int64)
     if not args.eval:
         train_pairs, more = list_pairs(args.data_path, args.train_split)
         unused += more
-    counts, val_counts = torch.zeros(2, 256, dtype=torch.int64)
-    if not args.eval:
         print(f'reading {len(train_pairs) + len(val_pairs)} labels')
         counts, val_counts = count_labels(train_pairs, args), count_labels(val_pairs, args)
     classes = read_classes(args, counts + val_counts)
@@ -328,15 +329,16 @@ def build_data(args):
               f'classes without a pixel: {", ".join(lacking) or "none"}')
     options = {'num_workers': args.num_workers, 'worker_init_fn': models.start_worker,
                'pin_memory': args.device.startswith('cuda')}
-    val = models.SeededDataset(SegmentationDataset(val_pairs, len(classes), args, False), args.seed)
-    own_share = [(0, index) for index in range(args.rank, len(val), args.world_size)]
+    val = SegmentationDataset(val_pairs, len(classes), args, is_train=False)
+    own_share = range(args.rank, len(val), args.world_size)
     val_loader = torch.utils.data.DataLoader(val, sampler=own_share, **options)
     if args.eval:
         return None, val_loader, classes
-    train = models.SeededDataset(SegmentationDataset(train_pairs, len(classes), args, True), args.seed)
+    train = SegmentationDataset(train_pairs, len(classes), args, is_train=True)
     sampler = models.SeededSampler(len(train), args, args.eval_every, args.iterations)
     loader = torch.utils.data.DataLoader(
-        train, args.batch_size, sampler=sampler, persistent_workers=args.num_workers > 0, **options)
+        models.SeededDataset(train, args.seed), args.batch_size, sampler=sampler,
+        persistent_workers=args.num_workers > 0, **options)
     return loader, val_loader, classes
 
 
@@ -443,7 +445,7 @@ class Segmenter(nn.Module):
     def group_matcher(self, coarse=False):
         """Layer decay as in BEiT: stem, blocks, everything behind the backbone at the full rate."""
         return {'stem': r'^backbone\.(?:cls_token|pos_embed|patch_embed)',
-                'blocks': [(r'^backbone\.blocks\.(\d+)', None)]}
+                'blocks': r'^backbone\.blocks\.(\d+)'}
 
     def no_weight_decay(self):
         """Class token, absolute and relative positions; timm adds all that is one-dimensional."""
@@ -605,7 +607,6 @@ def evaluate(model, loader, classes, device, args):
 # ---- run plumbing: the same lines in all four scripts (tests/test_shared.py) ---------------------
 
 AMP_DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'off': None}
-ORIGIN = ('commit', 'versions', 'hardware')  # what args.json holds besides the flags
 stop_signal = threading.Event()
 
 
@@ -616,7 +617,7 @@ def parse_args(parser):
         if not Path(args.config).is_file():
             raise SystemExit(f'--config {args.config}: no such file, give the args.json of a run')
         stored = json.loads(Path(args.config).read_text())
-        for name in ('config', 'output_dir', 'resume', *ORIGIN):
+        for name in ('config', 'output_dir', 'resume', 'commit', 'versions', 'hardware'):
             stored.pop(name, None)
         unknown = stored.keys() - vars(args).keys()
         if unknown:
@@ -658,11 +659,9 @@ def setup(args):
     if args.rank:
         sys.stdout = open(os.devnull, 'w')
     sys.stdout.reconfigure(line_buffering=True)
-    if args.amp is None:
-        args.amp = 'off'
-        if cuda:
-            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-            args.amp = 'bf16' if bf16 else 'fp16'
+    if args.amp is None and cuda:
+        args.amp = 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp16'
+    args.amp = args.amp or 'off'
     timm.layers.set_fused_attn(cuda)  # on a CPU the fused kernel is slower, by a fifth in bf16
     models.seed_everything(args.seed, models.START)
     git = ['git', '-C', str(Path(__file__).resolve().parent), 'describe', '--always', '--dirty']
@@ -674,7 +673,7 @@ def setup(args):
     hardware = f'{args.world_size} x {torch.cuda.get_device_name() if cuda else "cpu"}'
     print(f'command: {shlex.join(sys.argv)}\n'
           f'commit {commit}, {versions}, {hardware}, amp {args.amp}')
-    given |= zip(ORIGIN, (commit, versions, hardware))
+    given |= {'commit': commit, 'versions': versions, 'hardware': hardware}
     if getattr(args, 'eval', False):
         return device, given
     folder = Path(args.output_dir)
@@ -705,32 +704,27 @@ def stop_requested(args):
 
 
 def gradient_sync(model, step, args):
-    """Context of forward: DDP averages gradients in the last of --accum_iter steps only."""
-    last = (step + 1) % args.accum_iter == 0
-    return contextlib.nullcontext() if last or not args.distributed else model.no_sync()
+    """Context of the forward pass: DDP averages gradients only in the last of --accum_iter steps."""
+    if args.distributed and (step + 1) % args.accum_iter:
+        return model.no_sync()
+    return contextlib.nullcontext()
 
 
 def backward(loss, model, optimizer, scaler, step, args):
-    """Adds the gradients of a step; in the last of --accum_iter updates, and returns their norm."""
+    """Backward pass; the last of --accum_iter steps also updates, and returns the gradient norm."""
     scaler.scale(loss / args.accum_iter).backward()
     if (step + 1) % args.accum_iter:
         return None
     scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or float('inf'))
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
     return grad_norm
 
 
-def write_args(args, given):
-    """Writes args.json; after the resume, as a run that is refused leaves it alone."""
-    if args.rank == 0:
-        Path(args.output_dir, 'args.json').write_text(json.dumps(given, indent=2) + '\n')
-
-
 def write_log(args, line):
-    """Adds a line to log.txt; lines of the same and later epochs go, they were run again."""
+    """Adds a line to log.txt; drops those of the same and later epochs, which have been run again."""
     path, key = Path(args.output_dir, 'log.txt'), next(iter(line))  # epoch or iteration
     if args.rank == 0:
         lines = path.read_text().splitlines() if path.exists() else []
@@ -784,7 +778,7 @@ def main(args):
     if args.distributed:
         device_ids = [device] if device.type == 'cuda' else None
         model = torch.nn.parallel.DistributedDataParallel(model, device_ids=device_ids)
-        # the tables of position indices are 100 MB; as an argument this has two names by version
+        # position indices are 100 MB; newer torch renames the argument, the attribute works in all
         model.broadcast_buffers = False
     # 5. optimizer, schedule, loss scaler
     batch = args.batch_size * args.accum_iter * args.world_size
@@ -804,15 +798,17 @@ def main(args):
     # timm's schedulers depend on the step alone; a scheduler with a state belongs here, too
     parts = {'model': model_without_ddp, 'optimizer': optimizer, 'scaler': scaler, 'meter': meter}
     first_epoch, samples = models.resume(args, classes, fixed=('eval_every', 'iterations'), **parts)
-    write_args(args, given)
+    if args.rank == 0:  # a run whose resume is refused leaves the file alone
+        Path(args.output_dir, 'args.json').write_text(json.dumps(given, indent=2) + '\n')
     # 7. rounds: train, save, evaluate, log
     for epoch in range(first_epoch, rounds):
         start = loader.sampler.set_epoch(epoch, samples)
         step = train_one_epoch(model, teacher, loader, optimizer, scheduler, scaler, meter, device,
                                epoch, start, args)
-        for name, buffer in model_without_ddp.named_buffers() if args.distributed else ():
-            if 'running_' in name:  # batch norm's statistics, of the first process
-                dist.broadcast(buffer, 0)
+        if args.distributed:  # batch norm's statistics, of the first process
+            for name, buffer in model_without_ddp.named_buffers():
+                if 'running_' in name:
+                    dist.broadcast(buffer, 0)
         models.save_checkpoint(args, epoch, step, loader, classes, **parts)
         if step < len(loader):
             print('stopped by a signal: --resume auto goes on from here')

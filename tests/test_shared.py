@@ -14,7 +14,7 @@ SCRIPTS = {
     for name in ('generic_distill', 'specific_distill_cls', 'specific_distill_det', 'specific_distill_seg')}
 BEGIN, END = '# ---- run plumbing', '# ---- end of the plumbing'
 PLUMBING = ['parse_args', 'setup', 'request_stop', 'stop_requested', 'gradient_sync', 'backward',
-            'write_args', 'write_log']
+            'write_log']
 LOSSES = {'generic_distill': 'feature_loss', 'specific_distill_cls': 'distillation_loss',
           'specific_distill_det': 'frs_loss', 'specific_distill_seg': 'cwd_loss'}
 MAIN = ['# 1. processes, device, seed, recipe', '# 2. data',
