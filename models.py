@@ -881,7 +881,7 @@ def start_worker(_):
     """A data worker's start: torchrun signals the whole group, and the parent needs its workers."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    if os.getppid() != multiprocessing.parent_process().pid:  # dead: torch would not notice
+    if os.getppid() != multiprocessing.parent_process().pid:  # it died; torch would not notice
         os._exit(1)
 
 
