@@ -20,6 +20,7 @@ import time
 import traceback
 from datetime import timedelta
 from functools import cache, partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -342,7 +343,7 @@ def from_hugging_face(state_dict):
 
 
 def read_checkpoint(path):
-    """Path or https URL -> what the file holds, read weights-only: code in a pickle is refused.
+    """Path or https URL -> the dict in the file, read weights-only: code in a pickle is refused.
 
     `argparse.Namespace` is allowed beyond torch's list: MAE's, DeiT's and DINO's files hold one.
     """
@@ -360,18 +361,21 @@ def read_checkpoint(path):
             from safetensors.torch import load_file
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location='cpu', weights_only=True)
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     # a damaged file makes the unpickler raise nearly anything; torch's text advises the unsafe way
     except Exception as error:
         refused = re.search(r'GLOBAL (\S+)', str(error))
         reason = f'it wants to use {refused[1]}' if refused else type(error).__name__
         raise SystemExit(f'{path} is no readable checkpoint ({reason}): a truncated download, '
                          'another kind of file, or more than tensors and plain types') from error
+    if not isinstance(checkpoint, dict):
+        raise SystemExit(f'{path} holds a {type(checkpoint).__name__} in place of a state dict')
+    return checkpoint
 
 
 def own_args(checkpoint):
     """The flags of the run that wrote a checkpoint of these scripts; {} for the files of others."""
-    stored = checkpoint.get('args') if isinstance(checkpoint, dict) else None
+    stored = checkpoint.get('args')
     ours = isinstance(stored, dict) and isinstance(stored.get('input_size'), (list, tuple))
     return stored if ours else {}
 
@@ -383,11 +387,10 @@ def find_state_dict(checkpoint, path, first=()):
     """
     state = checkpoint
     for key in (*first, 'model', 'state_dict', 'teacher', 'student'):
-        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
+        if isinstance(checkpoint.get(key), dict):
             state = checkpoint[key]
             break
-    tensors = [torch.is_tensor(value) for value in state.values()] if isinstance(state, dict) else []
-    if not tensors or not all(tensors):
+    if not state or not all(torch.is_tensor(value) for value in state.values()):
         raise SystemExit(f'{path} holds no state dict, a dict of tensors by name')
     return state
 
@@ -501,8 +504,9 @@ def load_teacher(model, path):
 def check_classes(theirs, ours, path):
     """Ends the run if a checkpoint's class names are not those of the data, in the same order."""
     if theirs is not None and list(theirs) != list(ours):
-        raise SystemExit(f'{path}: trained on {len(theirs)} classes ({", ".join(theirs[:3])} ...), '
-                         f'the data has {len(ours)} ({", ".join(ours[:3])} ...)')
+        differ = [f'{a} and {b}' for a, b in zip_longest(theirs, ours) if a != b]
+        raise SystemExit(f'{path}: trained on {len(theirs)} classes, the data has {len(ours)}; first '
+                         f'difference: {differ[0]}')
 
 
 # what a stage-2 network may have that the file lacks, and the reverse
@@ -637,7 +641,7 @@ class Meter:
         self.grad_norm, self.seconds, self.step_done = torch.zeros(()), 0.0, None
 
     def log_every(self, loader, epoch, start):
-        """Yields (step, batch) from `start` on; prints after the first and each --print_freq-th."""
+        """Yields (step, batch) from `start` on; prints the first update and each --print_freq-th."""
         if start == 0:
             self.sums, self.steps = 0.0, 0
         steps, waited = len(loader), 0.0
@@ -648,7 +652,7 @@ class Meter:
                 waited += time.time() - self.clock
             yield step, batch
             done = step + 1
-            if step == start or done % self.args.print_freq == 0 or done == steps:
+            if done in (start + self.args.accum_iter, steps) or done % self.args.print_freq == 0:
                 count, means = len(self.rows), self.flush()  # waits for the device
                 spent = (self.clock - line_clock) / count  # per step
                 rate = self.args.batch_size * self.args.world_size / spent

@@ -366,6 +366,7 @@ def test_a_wrong_path_and_a_file_without_weights_are_refused(tmp_path):
     refused(tmp_path)
     refused(tmp_path / 'absent.pth')
     refused(save(tmp_path, {'model': {}, 'epoch': 3}))
+    assert 'holds a list' in refused(save(tmp_path, [encoder()]))
 
 
 class Payload:
@@ -500,7 +501,7 @@ def test_a_run_of_another_kind_is_not_resumed(tmp_path):
     finish_epochs(args, loader, parts, 1)
     with pytest.raises(SystemExit, match='another architecture.*weight'):
         models.resume(args, ['a', 'b'], **make_run(tmp_path, width=4)[2])
-    with pytest.raises(SystemExit, match='trained on 2 classes'):
+    with pytest.raises(SystemExit, match='trained on 2 classes.*: b and c'):
         models.resume(args, ['a', 'c'], **parts)
     args.eval_every = 7
     with pytest.raises(SystemExit, match='--eval_every was 5'):
