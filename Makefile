@@ -54,7 +54,7 @@ NPROC ?= 1
 DATA := $(CIFAR10)
 # torchvision's files in place of folders
 CIFAR10_FILES := $(shell test -d "$(CIFAR10)/cifar-10-batches-py" && echo yes)
-COMMON := --device cuda --input_size 32 --num_workers 8 $(if $(CIFAR10_FILES),--data_set CIFAR10)
+COMMON := --input_size 32 --num_workers 8 $(if $(CIFAR10_FILES),--data_set CIFAR10)
 MAE_TEACHER := mae_vit_tiny_patch4_dec128d4b
 MAE_STUDENT := mae_vit_micro_patch4_dec64d4b
 OTHER_LAYERS := 1 3 4
@@ -67,7 +67,7 @@ else ifeq ($(SCALE),cifar10)
 IMAGES ?= 400
 NPROC ?= 1
 DATA := $(RUNS)/data
-COMMON := --device $(DEVICE) --input_size 32 --num_workers 0
+COMMON := --input_size 32 --num_workers 0
 MAE_TEACHER := mae_vit_nano_patch4_dec64d2b
 MAE_STUDENT := mae_vit_pico_patch4_dec32d2b
 OTHER_LAYERS := 2
@@ -84,7 +84,7 @@ NPROC ?= $(if $(filter cuda,$(DEVICE)),1,2)
 DATA := $(RUNS)/data/imagenet
 override COCO := $(RUNS)/data/coco
 override ADE20K := $(RUNS)/data/ade
-COMMON := --device $(DEVICE) --input_size 32 --num_workers 0 --lr 2e-3 --warmup_epochs 3
+COMMON := --input_size 32 --num_workers 0 --lr 2e-3 --warmup_epochs 3
 MAE_TEACHER := mae_vit_nano_patch8_dec64d2b
 MAE_STUDENT := mae_vit_pico_patch8_dec32d2b
 OTHER_LAYERS := 2
@@ -98,13 +98,13 @@ SCRATCH_ARGS := --epochs 40
 # a few minutes; AP goes on rising for thousands of iterations
 DET_ITERATIONS ?= 500
 TEACHER_DET_ITERATIONS ?= 800
-DET_ARGS := --device $(DEVICE) --num_workers 0 --input_size 64 --window_size 4 --fpn_dim 32 \
+DET_ARGS := --num_workers 0 --input_size 64 --window_size 4 --fpn_dim 32 \
 	--head_dim 128 --anchor_size 6 --proposals 50 --roi_batch 32 --drop_path 0 \
 	--scale_jitter 0.7 1.4 --batch_size 4 --lr 2e-3 --warmup_iterations 50 --distill_warmup 100 \
 	--iterations $(DET_ITERATIONS) --eval_every 250
 TEACHER_DET_ARGS := --iterations $(TEACHER_DET_ITERATIONS)
 SEG_ITERATIONS ?= 800
-SEG_ARGS := --device $(DEVICE) --num_workers 0 --input_size 64 --batch_size 4 --lr 5e-3 \
+SEG_ARGS := --num_workers 0 --input_size 64 --batch_size 4 --lr 5e-3 \
 	--drop_path 0 --ratio_range 0.75 1.5 --warmup_iterations 20 --iterations $(SEG_ITERATIONS) \
 	--eval_every 400
 else
@@ -155,7 +155,7 @@ results: $(FINALS)  ## tables of what has been run at this SCALE, curves and pic
 # no final.pth: started again, it goes on from checkpoint.pth
 define train
 $(PYTHON) -m torch.distributed.run --standalone --nproc_per_node=$(NPROC) $(1) \
-	--output_dir $(@D) --resume auto $(2)
+	--output_dir $(@D) --resume auto --device $(DEVICE) $(2)
 $(PYTHON) tools/results.py --finished $(@D) && ln -f $(@D)/checkpoint.pth $@
 endef
 STAGE1 = $(call train,generic_distill.py --data_path "$(DATA)",$(COMMON) $(MAE_ARGS) $(1))

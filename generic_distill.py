@@ -297,7 +297,8 @@ def setup(args):
         args.device = f'cuda:{os.environ["LOCAL_RANK"]}'
     device, cuda = torch.device(args.device), args.device.startswith('cuda')
     if cuda and not torch.cuda.is_available():
-        raise SystemExit(f'--device {args.device}: this machine has no usable GPU')
+        raise SystemExit(f'--device {args.device}: no usable GPU; if nvidia-smi shows one, its driver '
+                         f'is too old for torch {torch.__version__}')
     if cuda and (device.index or 0) >= torch.cuda.device_count():
         raise SystemExit(f'{args.device}: this machine has {torch.cuda.device_count()} GPUs, as many '
                          'as --nproc_per_node may be')

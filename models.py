@@ -623,13 +623,19 @@ def resume(args, classes=None, fixed=(), **parts):
         group['lr'] = stored['lr']
     checkpoint['optimizer']['param_groups'] = groups
     for name, part in parts.items():
-        part.load_state_dict(checkpoint[name])
+        # a scaler that was off has no state
+        part.load_state_dict(checkpoint[name] or part.state_dict())
     epoch, samples = checkpoint['epoch'], checkpoint['samples']
     print(f'resumed {path}: {epoch + 1} {parts["meter"].unit}s and {samples} samples are done')
     return (epoch + 1, samples) if samples else (epoch, math.inf)
 
 
 # ---- printed lines -------------------------------------------------------------------------------
+
+
+def record_event():
+    """A CUDA event with a time, at this place of the GPU's work."""
+    return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
 
 
 class Meter:
@@ -644,12 +650,14 @@ class Meter:
         """Yields (step, batch) from `start` on; prints the first update and each --print_freq-th."""
         if start == 0:
             self.sums, self.steps = 0.0, 0
-        steps, waited = len(loader), 0.0
+        steps, waited, gaps = len(loader), 0.0, []
+        self.step_done = None
         line_clock = self.clock = time.time()
         for step, batch in enumerate(loader if start < steps else (), start):
-            # a GPU that is busy with the step before has not waited for this batch
-            if self.step_done is None or self.step_done.query():
+            if self.step_done is None:
                 waited += time.time() - self.clock
+            else:  # a GPU has waited since it was done with the step before, if it is
+                gaps.append((self.step_done, record_event()))
             yield step, batch
             done = step + 1
             if done in (start + self.args.accum_iter, steps) or done % self.args.print_freq == 0:
@@ -657,6 +665,7 @@ class Meter:
                 spent = (self.clock - line_clock) / count  # per step
                 rate = self.args.batch_size * self.args.world_size / spent
                 eta = timedelta(seconds=int(spent * ((self.epochs - epoch) * steps - done)))
+                waited += sum(end.elapsed_time(ready) for end, ready in gaps) / 1000
                 wait = waited / (spent * count)
                 means = ' '.join(f'{k} {v:.4f}' for k, v in zip(self.names, means))
                 line = (f'{time.strftime("%X")} {self.unit} {epoch}/{self.epochs} step {done}/{steps} '
@@ -665,7 +674,7 @@ class Meter:
                 if torch.cuda.is_initialized():
                     line += f' memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GB'
                 print(line)
-                waited, line_clock = 0.0, self.clock
+                waited, gaps, line_clock = 0.0, [], self.clock
 
     def update(self, grad_norm, **terms):
         """Adds a step's scalars, tensors of the same names in each step, without a host sync."""
@@ -673,8 +682,7 @@ class Meter:
         self.rows.append(torch.stack([term.detach().float() for term in terms.values()]))
         self.grad_norm = self.grad_norm if grad_norm is None else grad_norm
         if self.rows[-1].is_cuda:
-            self.step_done = torch.cuda.Event()
-            self.step_done.record()
+            self.step_done = record_event()
         self.tick()
 
     def tick(self):
@@ -879,6 +887,8 @@ class SeededSampler(torch.utils.data.Sampler):
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+if sys.platform == 'linux':  # Python 3.14 by itself would copy the data set into each worker
+    multiprocessing.set_start_method('fork', force=True)
 
 
 def start_worker(_):

@@ -333,6 +333,7 @@ def train_one_epoch(model, teacher, loader, optimizer, scheduler, scaler, mixup,
 
 
 @torch.no_grad()
+@torch.compiler.set_stance('force_eager')  # with --compile: not again for evaluation
 def evaluate(model, loader, device, args):
     """Top-1 and top-5 accuracy in percent over all processes, each image counted once."""
     model.eval()
@@ -395,7 +396,8 @@ def setup(args):
         args.device = f'cuda:{os.environ["LOCAL_RANK"]}'
     device, cuda = torch.device(args.device), args.device.startswith('cuda')
     if cuda and not torch.cuda.is_available():
-        raise SystemExit(f'--device {args.device}: this machine has no usable GPU')
+        raise SystemExit(f'--device {args.device}: no usable GPU; if nvidia-smi shows one, its driver '
+                         f'is too old for torch {torch.__version__}')
     if cuda and (device.index or 0) >= torch.cuda.device_count():
         raise SystemExit(f'{args.device}: this machine has {torch.cuda.device_count()} GPUs, as many '
                          'as --nproc_per_node may be')
@@ -577,8 +579,7 @@ def main(args):
             return
         stats = meter.stats()
         if epoch == 0 or (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
-            with torch.compiler.set_stance('force_eager'):  # --compile: not again for evaluation
-                stats |= evaluate(model_without_ddp, val_loader, device, args)
+            stats |= evaluate(model_without_ddp, val_loader, device, args)
         write_log(args, {'epoch': epoch, **stats})
         samples = 0
     print(f'done: {args.epochs} epochs in {timedelta(seconds=int(meter.seconds))} of training, see '

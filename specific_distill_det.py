@@ -930,6 +930,7 @@ def average_precision(coco, results):
 
 
 @torch.no_grad()
+@torch.compiler.set_stance('force_eager')  # with --compile: not again for evaluation
 def evaluate(model, loader, coco, device, args):
     """AP of boxes and masks in percent, in original pixels, over all processes; in float32.
 
@@ -1008,7 +1009,8 @@ def setup(args):
         args.device = f'cuda:{os.environ["LOCAL_RANK"]}'
     device, cuda = torch.device(args.device), args.device.startswith('cuda')
     if cuda and not torch.cuda.is_available():
-        raise SystemExit(f'--device {args.device}: this machine has no usable GPU')
+        raise SystemExit(f'--device {args.device}: no usable GPU; if nvidia-smi shows one, its driver '
+                         f'is too old for torch {torch.__version__}')
     if cuda and (device.index or 0) >= torch.cuda.device_count():
         raise SystemExit(f'{args.device}: this machine has {torch.cuda.device_count()} GPUs, as many '
                          'as --nproc_per_node may be')

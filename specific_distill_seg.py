@@ -578,6 +578,7 @@ def segmentation_scores(confusion, classes):
 
 
 @torch.no_grad()
+@torch.compiler.set_stance('force_eager')  # with --compile: not again for evaluation
 def evaluate(model, loader, classes, device, args):
     """Scores over the images of all processes, at their original sizes, in float32."""
     model.eval()
@@ -646,7 +647,8 @@ def setup(args):
         args.device = f'cuda:{os.environ["LOCAL_RANK"]}'
     device, cuda = torch.device(args.device), args.device.startswith('cuda')
     if cuda and not torch.cuda.is_available():
-        raise SystemExit(f'--device {args.device}: this machine has no usable GPU')
+        raise SystemExit(f'--device {args.device}: no usable GPU; if nvidia-smi shows one, its driver '
+                         f'is too old for torch {torch.__version__}')
     if cuda and (device.index or 0) >= torch.cuda.device_count():
         raise SystemExit(f'{args.device}: this machine has {torch.cuda.device_count()} GPUs, as many '
                          'as --nproc_per_node may be')

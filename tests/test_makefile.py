@@ -196,8 +196,8 @@ def test_the_papers_schedule_is_the_scripts_own(home):
     students = [line for line in output.replace('\\\n', ' ').splitlines() if '/seed0/' in line and '--output_dir' in line]
     flags = {flag for line in students for flag in re.findall(r'--\w+', line)}
     assert len(students) == 4 + 1 + 6 + 2 * 4 + 2 * 3  # Table 2 and generic; two targets; four ratios; three blocks
-    assert flags == {'--standalone', '--nproc_per_node', '--data_path', '--output_dir', '--resume', '--seed', '--model',
-                     '--teacher_path', '--finetune', '--target', '--mask_ratio', '--target_layer'}
+    assert flags == {'--standalone', '--nproc_per_node', '--data_path', '--output_dir', '--resume', '--device', '--seed',
+                     '--model', '--teacher_path', '--finetune', '--target', '--mask_ratio', '--target_layer'}
 
 
 @pytest.mark.parametrize('device', ['cpu', 'cuda'])

@@ -212,9 +212,10 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before_it(damage, data
 
 
 def test_a_flag_changed_on_resume_is_used(data, whole, tmp_path):
-    """Learning rate, weight decay and epochs by hand win over what the checkpoint holds."""
+    """Learning rate, weight decay, epochs and precision by hand win over what the checkpoint holds."""
     train(GENERIC, data, tmp_path, FLAGS[GENERIC], '--resume', whole[GENERIC] / 'checkpoint.pth',
-          '--epochs 3 --lr 2e-3 --weight_decay 0.3')
+          '--epochs 3 --lr 2e-3 --weight_decay 0.3 --amp fp16')
+    assert checkpoint_of(tmp_path)['scaler'] and not checkpoint_of(whole[GENERIC])['scaler']
     groups = checkpoint_of(tmp_path)['optimizer']['param_groups']
     assert {group['weight_decay'] for group in groups} == {0.0, 0.3}
     assert [line['epoch'] for line in log_of(tmp_path)] == [1, 2]
