@@ -140,23 +140,20 @@ def build_data(args, num_patches):
         root = Path(args.data_path or '')
         if not args.data_path or not root.is_dir():
             raise SystemExit(f'--data_path {args.data_path}: give a folder of images')
-        # what may stand beside the training images: validation, test, labels (COCO, ADE20K, Places365)
-        names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-        if 'images' in names:
-            inside = os.scandir(root / 'images')
-            names += sorted(f'images/{entry.name}' for entry in inside if entry.is_dir())
-        pattern = re.compile(r'(images/)?(val(id(ation)?)?|test)([\d_-].*)?|(images/)?annotations', re.I)
-        other = [name for name in names if pattern.fullmatch(name)]
         if (root / 'train').is_dir():
             root = root / 'train'
-        elif other:
-            inner = [name for name in names if re.match('(images/)?train|images$', name, re.I)]
-            hint = root / inner[-1] if inner else 'the folder of the training images'
-            raise SystemExit(f'--data_path {root} holds {other[0]}/, too: give {hint}')
         try:
             dataset = FlatFolder(root, transform, loader=models.read_rgb)
         except FileNotFoundError as error:
             raise SystemExit(f'--data_path {root} holds no image') from error
+        # validation and test images, and labels that are images
+        other = re.compile(r'(val(id(ation)?)?|test(ing)?|dev|annotations)([\d_-].*)?', re.I)
+        for folder in sorted({os.path.dirname(path) for path, _ in dataset.samples}):
+            inside = Path(folder).relative_to(root)
+            is_other = any(other.fullmatch(part) for part in inside.parts)
+            if is_other and not re.match('train', root.name, re.I):
+                raise SystemExit(f'--data_path {root} holds {inside}/, too: give the folder of the '
+                                 'training images')
     else:
         dataset = models.load_cifar(args, train=True, transform=transform)
         root = f'{args.data_set} in {args.data_path}'
@@ -175,6 +172,7 @@ def feature_loss(pred, target, beta=2.0):
     """Smooth-L1 distance between student predictions and layer-normalised teacher features.
 
     pred, target: (N, T, D), any float dtype, computed in float32; T counts the supervised tokens.
+    Differences d below beta count d^2 / (2 beta), others |d| - beta / 2.
     Returns a scalar, the mean over N, T, D. Raises ValueError if the shapes differ.
     Source: G2SD, generic distillation; LayerNorm without affine and beta from the authors' code.
     """
@@ -268,7 +266,7 @@ def parse_args(parser):
         if not Path(args.config).is_file():
             raise SystemExit(f'--config {args.config}: no such file, give the args.json of a run')
         stored = json.loads(Path(args.config).read_text())
-        for name in ('config', 'output_dir', 'resume', 'commit', 'versions', 'hardware'):
+        for name in ('config', 'output_dir', 'resume', 'script', 'commit', 'versions', 'hardware'):
             stored.pop(name, None)
         unknown = stored.keys() - vars(args).keys()
         if unknown:
@@ -325,7 +323,8 @@ def setup(args):
     hardware = f'{args.world_size} x {torch.cuda.get_device_name() if cuda else "cpu"}'
     print(f'command: {shlex.join(sys.argv)}\n'
           f'commit {commit}, {versions}, {hardware}, amp {args.amp}')
-    given |= {'commit': commit, 'versions': versions, 'hardware': hardware}
+    given |= {'script': Path(sys.argv[0]).name, 'commit': commit, 'versions': versions,
+              'hardware': hardware}
     if getattr(args, 'eval', False):
         return device, given
     folder = Path(args.output_dir)
@@ -345,6 +344,7 @@ def request_stop(number, frame):
     if number == signal.SIGINT and stop_signal.is_set():
         raise KeyboardInterrupt
     stop_signal.set()
+    os.write(2, b'stopping after this update; a second Ctrl-C ends at once\n')
 
 
 def stop_requested(args):
@@ -398,7 +398,8 @@ def main(args):
     if args.warmup_epochs >= args.epochs:
         raise SystemExit(f'--warmup_epochs {args.warmup_epochs} must be below --epochs {args.epochs}')
     if args.target == 'pixel' and args.teacher_path:
-        raise SystemExit('--target pixel is MAE without a teacher: leave out --teacher_path')
+        raise SystemExit('--target pixel is MAE without a teacher: leave out --teacher_path, or '
+                         'give --target feature')
     patch = models.parse_name(args.model, mae=True).patch
     args.input_size = models.check_img_size(args.input_size, patch)
     # 2. data
@@ -411,6 +412,11 @@ def main(args):
             raise SystemExit(f'--teacher_path is missing: {models.DECODER_HELP}; MAE pre-training '
                              'without a teacher is --target pixel')
         flags = models.own_args(models.read_checkpoint(args.teacher_path))
+        if flags.get('target') == 'feature':
+            raise SystemExit(f'{args.teacher_path} is a student of stage 1, which predicts features: '
+                             'its teacher is an MAE (--target pixel)')
+        # a teacher of ours knows which pixels it predicts
+        args.norm_pix_loss = flags.get('norm_pix_loss', args.norm_pix_loss)
         args.teacher_model = args.teacher_model or flags.get('model', 'mae_vit_base_patch16')
         if args.teacher_model.startswith('vit_'):
             raise SystemExit(f'{args.teacher_path} has no decoder: {models.DECODER_HELP}')

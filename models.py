@@ -65,7 +65,7 @@ SIZES = {
 
 def parse_name(name, mae=False):
     """`vit_small_patch16`, or with `mae` `mae_vit_small_patch16_dec256d4b` -> Size."""
-    pattern = r'vit_([a-z]+)_patch(\d+)'
+    pattern = r'vit_([a-z]+)_patch([1-9]\d*)'
     if mae:
         pattern = 'mae_' + pattern + r'(?:_dec(\d+)d(\d+)b)?'
     match = re.fullmatch(pattern, name)
@@ -75,6 +75,8 @@ def parse_name(name, mae=False):
     size = SIZES[match[1]]._replace(patch=int(match[2]))
     if mae and match[3]:
         size = size._replace(decoder_dim=int(match[3]), decoder_depth=int(match[4]))
+        if size.decoder_dim % 32:
+            raise SystemExit(f'{name}: the width of the decoder must be a multiple of 32')
     return size
 
 
@@ -452,8 +454,8 @@ def fit_positions(model, state_dict, path, flags):
                 old_grid = grid
         prefix = rows - old_grid[0] * old_grid[1]
         if not 0 <= prefix <= 1 + ('dist_token' in state_dict):
-            raise SystemExit(f'{path}: {key} has {rows} rows, no class token and grid of patches '
-                             f'of {patch[0]} pixels: give the right --model or --input_size')
+            raise SystemExit(f'{path}: {key} has {rows} rows, which are not a class token and the '
+                             f'patches of {patch[0]} pixels: give the right --model or --input_size')
         if old_grid != grid:
             table = resample_abs_pos_embed(table, grid, old_grid, prefix, antialias=False)
             done.append(f'{key} {old_grid[0]}x{old_grid[1]} -> {grid[0]}x{grid[1]}')
@@ -470,6 +472,14 @@ def fit_positions(model, state_dict, path, flags):
             table = torch.cat([table[:, :1], table[:, 2:]], dim=1)
         state_dict[key] = table
     return done
+
+
+def unfinished(checkpoint):
+    """Words for a checkpoint that a run of stage 1 or classification wrote before its last epoch."""
+    epochs = own_args(checkpoint).get('epochs', 0)
+    if epochs and checkpoint['epoch'] + 1 < epochs:
+        return [f'after {checkpoint["epoch"] + 1} of {epochs} epochs']
+    return []
 
 
 def load_strictly(model, state_dict, path):
@@ -492,7 +502,7 @@ def load_weights(model, path):
         raise SystemExit(f'{path} has no decoder: {DECODER_HELP}')
     resized = fit_positions(model, state_dict, path, own_args(checkpoint))
     load_strictly(model, state_dict, path)
-    print('; '.join([f'loaded {len(state_dict)} tensors of {path}', *resized]))
+    print(f'loaded {len(state_dict)} tensors of {path}', *unfinished(checkpoint), *resized, sep='; ')
 
 
 def load_teacher(model, path):
@@ -543,7 +553,7 @@ def load_pretrained(model, path):
     for what, keys in (('new', new), ('left out', left_out)):
         groups = {re.sub(r'^blocks\.\d+\.(.*\.)?|\..*', '', key) for key in keys}
         done.append(f'{what}: {", ".join(sorted(groups)) or "nothing"}')
-    print(f'start weights: {len(used)} tensors of {path}', *done, sep='; ')
+    print(f'start weights: {len(used)} tensors of {path}', *unfinished(checkpoint), *done, sep='; ')
 
 
 # ---- weights: saving and resuming ----------------------------------------------------------------
@@ -625,8 +635,12 @@ def resume(args, classes=None, fixed=(), **parts):
     for name, part in parts.items():
         # a scaler that was off has no state
         part.load_state_dict(checkpoint[name] or part.state_dict())
-    epoch, samples = checkpoint['epoch'], checkpoint['samples']
-    print(f'resumed {path}: {epoch + 1} {parts["meter"].unit}s and {samples} samples are done')
+    epoch, samples, changed = checkpoint['epoch'], checkpoint['samples'], []
+    for name, value in checkpoint['args'].items():
+        if getattr(args, name, value) != value and name not in ('rank', 'resume', 'output_dir'):
+            changed.append(f'--{name} was {value}')
+    print(f'resumed {path}: {epoch + 1} {parts["meter"].unit}s and {samples} samples are done',
+          *changed, sep='; ')
     return (epoch + 1, samples) if samples else (epoch, math.inf)
 
 
@@ -704,8 +718,8 @@ class Meter:
             values['grad_norm'] = self.grad_norm.item()
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
-            raise SystemExit(f'not finite: {", ".join(bad)}. The last checkpoint is kept; lower '
-                             'the learning rate')
+            raise SystemExit(f'not finite: {", ".join(bad)}. Nothing is saved, an older checkpoint '
+                             'stays; lower the learning rate')
         self.rows, self.sums, self.steps = [], self.sums + sums, self.steps + count
         self.tick()
         return sums / count

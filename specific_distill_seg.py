@@ -618,7 +618,7 @@ def parse_args(parser):
         if not Path(args.config).is_file():
             raise SystemExit(f'--config {args.config}: no such file, give the args.json of a run')
         stored = json.loads(Path(args.config).read_text())
-        for name in ('config', 'output_dir', 'resume', 'commit', 'versions', 'hardware'):
+        for name in ('config', 'output_dir', 'resume', 'script', 'commit', 'versions', 'hardware'):
             stored.pop(name, None)
         unknown = stored.keys() - vars(args).keys()
         if unknown:
@@ -675,7 +675,8 @@ def setup(args):
     hardware = f'{args.world_size} x {torch.cuda.get_device_name() if cuda else "cpu"}'
     print(f'command: {shlex.join(sys.argv)}\n'
           f'commit {commit}, {versions}, {hardware}, amp {args.amp}')
-    given |= {'commit': commit, 'versions': versions, 'hardware': hardware}
+    given |= {'script': Path(sys.argv[0]).name, 'commit': commit, 'versions': versions,
+              'hardware': hardware}
     if getattr(args, 'eval', False):
         return device, given
     folder = Path(args.output_dir)
@@ -695,6 +696,7 @@ def request_stop(number, frame):
     if number == signal.SIGINT and stop_signal.is_set():
         raise KeyboardInterrupt
     stop_signal.set()
+    os.write(2, b'stopping after this update; a second Ctrl-C ends at once\n')
 
 
 def stop_requested(args):

@@ -310,6 +310,15 @@ def test_a_teacher_without_a_decoder_is_refused_with_the_file_that_has_one(tmp_p
         models.load_teacher(models.create_mae('mae_vit_pico_patch8', 32), path)
 
 
+def test_weights_of_an_unfinished_run_are_named(tmp_path, capsys):
+    for epoch, words in (1, '; after 2 of 4 epochs'), (3, ''):
+        path = save(tmp_path, {'model': full_mae(), 'epoch': epoch, 'args': {'input_size': [32], 'epochs': 4}})
+        models.load_teacher(models.create_mae('mae_vit_pico_patch8', 32), path)
+        models.load_pretrained(models.create_vit('vit_pico_patch8', 5, 32), path)
+        teacher, student = capsys.readouterr().out.splitlines()
+        assert teacher.endswith(f'file.pth{words}') and f'file.pth{words}; new: ' in student
+
+
 @pytest.mark.parametrize('entry, value', [
     ('norm.bias', None), ('decoder_norm.weight', None), ('norm_extra.weight', random(3)),
     ('mask_token', random(1, 1, 16)), ('decoder_pos_embed', random(1, 20, 32))])

@@ -70,12 +70,15 @@ def test_a_name_gives_the_architecture(name, expected):
     assert model.decoder_pred.weight.shape == (3 * patch * patch, decoder_dim)
 
 
-@pytest.mark.parametrize('name', ['vit_base_patch16', 'mae_vit_giant_patch16', 'mae_vit_base_patch16_dec512'])
+@pytest.mark.parametrize('name', [
+    'vit_base_patch16', 'mae_vit_giant_patch16', 'mae_vit_base_patch16_dec512', 'mae_vit_pico_patch0'])
 def test_an_unknown_name_is_refused(name):
     with pytest.raises(SystemExit, match=f'unknown model name .{name}'):
         models.create_mae(name)
     with pytest.raises(SystemExit, match='unknown model name .mae_'):
         models.create_vit('mae_vit_base_patch16', 10)
+    with pytest.raises(SystemExit, match='dec100d2b: .*multiple of 32'):
+        models.create_mae('mae_vit_pico_patch8_dec100d2b')
 
 
 @pytest.mark.parametrize('size', [30, (32, 20), 4])

@@ -211,10 +211,13 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before_it(damage, data
         start(CLS, data, tmp_path)
 
 
-def test_a_flag_changed_on_resume_is_used(data, whole, tmp_path):
+def test_a_flag_changed_on_resume_is_used_and_named(data, whole, tmp_path, capsys):
     """Learning rate, weight decay, epochs and precision by hand win over what the checkpoint holds."""
     train(GENERIC, data, tmp_path, FLAGS[GENERIC], '--resume', whole[GENERIC] / 'checkpoint.pth',
           '--epochs 3 --lr 2e-3 --weight_decay 0.3 --amp fp16')
+    changed = re.search('^resumed .* samples are done; (.*)', capsys.readouterr().out, re.M)[1]
+    assert {name: float(value) for name, value in re.findall(r'--(\w+) was ([\d.]+)', changed)} == {
+        'epochs': 2, 'lr': checkpoint_of(whole[GENERIC])['args']['lr'], 'weight_decay': 0.05, 'save_every': 1}
     assert checkpoint_of(tmp_path)['scaler'] and not checkpoint_of(whole[GENERIC])['scaler']
     groups = checkpoint_of(tmp_path)['optimizer']['param_groups']
     assert {group['weight_decay'] for group in groups} == {0.0, 0.3}
@@ -254,7 +257,7 @@ def test_a_real_signal_stops_a_process_with_status_0_and_its_workers_go_with_it(
             break
     os.killpg(process.pid, signal.SIGTERM)
     printed, errors = process.communicate(timeout=100)
-    assert process.returncode == 0 and errors == '' and printed.splitlines()[-1] == STOPPED
+    assert process.returncode == 0 and errors.startswith('stopping after') and printed.splitlines()[-1] == STOPPED
     with pytest.raises(ProcessLookupError):  # nothing is left of the group
         os.killpg(process.pid, 0)
     assert len(log_of(tmp_path)) < len(log_of(long_run))
@@ -364,7 +367,7 @@ def test_two_processes_go_on_from_the_end_of_a_round_with_the_same_bits(name, tw
 @EVERY_SCRIPT
 def test_args_json_holds_the_flags_as_given_and_the_origin_of_the_run(script, whole):
     stored = json.loads((whole[script] / 'args.json').read_text())
-    origin = [stored.pop(name) for name in ('commit', 'versions', 'hardware')]
+    origin = [stored.pop(name) for name in ('commit', 'versions', 'hardware', 'script')]
     words = command(script, whole[script], whole[script], FLAGS[script], '--resume auto --save_every 1')[1:]
     given = vars(script.get_args_parser().parse_args(words))
     assert stored == {**given, 'data_path': stored['data_path']}

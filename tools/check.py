@@ -78,7 +78,7 @@ def inspect(script, args, path, split, truth):
     size, turned = image.size[::-1], image.getexif().get(0x0112, 1)  # orientation
     sizes = size, (image.size if turned > 4 else size)
     if image.mode != 'RGB':
-        yield 'note', f'images of mode {image.mode}: made RGB, 16-bit values divided by 256'
+        yield 'note', f'images of mode {image.mode}: made RGB; of 16 bits the upper 8 are kept'
     if turned > 1:
         level = 'note' if args.stage in ('det', 'seg') else 'warning'
         yield level, 'images with an EXIF orientation: detection and segmentation alone apply it'

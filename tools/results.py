@@ -93,7 +93,7 @@ PAPER = {'paper hours': 'hours', 'paper top-1': 'top1', 'paper AP^bbox': 'box', 
 TASKS = {'stage 1': 'mask_ratio', 'classification': 'distillation_type', 'detection': 'anchor_size',
          'segmentation': 'cwd_weight'}  # and a flag that this script alone has
 COURSE = ('test_acc1', 'test_bbox_AP', 'test_mIoU', 'train_loss')  # the first one in a log is shown
-STAGE1 = {'target': 'feature', 'mask_ratio': 0.75, 'target_layer': None}  # others are shown
+STAGE1 = {'target': 'feature', 'mask_ratio': 0.75, 'target_layer': None, 'supervise': 'all'}  # others are shown
 NOTE = """Ours: percent, of finished runs, after the last epoch or round, never the best; mean ± sample
 standard deviation over n seeds. Time is of training without evaluation: of both stages in Tables 2,
 4 and 5, elsewhere of that stage; a teacher's has its own row. The paper's values: ViT-S from ViT-B.

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import models
-from predict import check_out, classifier_input, read_image
+from predict import check_out, classifier_input, list_images, read_image
 
 
 def load_stage1(path, teacher_path=None):
@@ -116,7 +116,7 @@ def get_args_parser():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--checkpoint', required=True, help='path or https URL')
     parser.add_argument('--teacher_path', help='its checkpoint; by default as in training')
-    parser.add_argument('--images', nargs='+', required=True, help='image files')
+    parser.add_argument('--images', nargs='+', required=True, help='image files and folders')
     parser.add_argument('--out', required=True, type=Path, help='picture to write')
     parser.add_argument('--mask_ratio', type=float,
                         help='share of hidden patches; by default as in training')
@@ -125,6 +125,7 @@ def get_args_parser():
 
 
 def main(args):
+    args.images = list_images(args.images)
     check_out(args.out, args.images)
     model, teacher, trained = load_stage1(args.checkpoint, args.teacher_path)
     trained.mask_ratio = trained.mask_ratio if args.mask_ratio is None else args.mask_ratio
