@@ -295,8 +295,7 @@ def setup(args):
         args.device = f'cuda:{os.environ["LOCAL_RANK"]}'
     device, cuda = torch.device(args.device), args.device.startswith('cuda')
     if cuda and not torch.cuda.is_available():
-        raise SystemExit(f'--device {args.device}: no usable GPU; if nvidia-smi shows one, its driver '
-                         f'is too old for torch {torch.__version__}')
+        raise SystemExit(f'--device {args.device}: no usable GPU, or its driver is too old for torch')
     if cuda and (device.index or 0) >= torch.cuda.device_count():
         raise SystemExit(f'{args.device}: this machine has {torch.cuda.device_count()} GPUs, as many '
                          'as --nproc_per_node may be')
@@ -323,8 +322,7 @@ def setup(args):
     hardware = f'{args.world_size} x {torch.cuda.get_device_name() if cuda else "cpu"}'
     print(f'command: {shlex.join(sys.argv)}\n'
           f'commit {commit}, {versions}, {hardware}, amp {args.amp}')
-    given |= {'script': Path(sys.argv[0]).name, 'commit': commit, 'versions': versions,
-              'hardware': hardware}
+    given |= {'script': sys.argv[0], 'commit': commit, 'versions': versions, 'hardware': hardware}
     if getattr(args, 'eval', False):
         return device, given
     folder = Path(args.output_dir)

@@ -603,8 +603,7 @@ def find_checkpoint(args):
 def resume(args, classes=None, fixed=(), **parts):
     """Loads --resume strictly into the parts; returns (epoch to go on with, samples of it done).
 
-    A finished epoch comes back with all samples done: its evaluation and log line are made again.
-    fixed: flags that must be as they were. parts: as in `save_checkpoint`.
+    Prints which flags have changed. fixed: flags that must be as they were. parts: as in `save_checkpoint`.
     """
     path, checkpoint = find_checkpoint(args)
     if args.distributed:
@@ -641,6 +640,7 @@ def resume(args, classes=None, fixed=(), **parts):
             changed.append(f'--{name} was {value}')
     print(f'resumed {path}: {epoch + 1} {parts["meter"].unit}s and {samples} samples are done',
           *changed, sep='; ')
+    # of a finished epoch nothing is left to train: it is evaluated and logged again
     return (epoch + 1, samples) if samples else (epoch, math.inf)
 
 

@@ -340,6 +340,12 @@ def test_a_gpus_wait_for_data_is_the_gap_in_its_own_work(monkeypatch, capsys):
     assert 'data 32%' in last
 
 
+def test_true_pixels_beside_reconstructions_are_in_the_teachers_space(data, tmp_path):
+    train(GENERIC, data, tmp_path / 'mae', '--target pixel --no-norm_pix_loss')
+    train(GENERIC, data, tmp_path / 'student', f'--target recon_gt --teacher_path {tmp_path}/mae/checkpoint.pth')
+    assert checkpoint_of(tmp_path / 'student')['args']['norm_pix_loss'] is False
+
+
 # ---- errors --------------------------------------------------------------------------------------
 
 
