@@ -66,7 +66,7 @@ def get_args_parser():
     group.add_argument('--mask_ratio', type=float, default=0.75,
                        help='share of hidden patches (Table 5)')
     group.add_argument('--norm_pix_loss', action=argparse.BooleanOptionalAction, default=True,
-                       help='normalise true patches; --no-norm_pix_loss for a teacher trained so')
+                       help='normalise true patches; if its file tells, as the teacher does')
 
     group = parser.add_argument_group('model')
     group.add_argument('--model', default='mae_vit_small_patch16_dec256d4b', help='network to train')
@@ -146,14 +146,14 @@ def build_data(args, num_patches):
             dataset = FlatFolder(root, transform, loader=models.read_rgb)
         except FileNotFoundError as error:
             raise SystemExit(f'--data_path {root} holds no image') from error
-        # validation and test images, and labels that are images
-        other = re.compile(r'(val(id(ation)?)?|test(ing)?|dev|annotations)([\d_-].*)?', re.I)
+        other = 'annotations'  # labels that are images; in a folder called train classes of any name
+        if not re.fullmatch(r'train(ing)?([\d_-]*\d)?', root.name, re.I):
+            other += r'|(val(id(ation)?)?|test(ing)?)([\d_-].*)?'
         for folder in sorted({os.path.dirname(path) for path, _ in dataset.samples}):
             inside = Path(folder).relative_to(root)
-            is_other = any(other.fullmatch(part) for part in inside.parts)
-            if is_other and not re.match('train', root.name, re.I):
+            if any(re.fullmatch(other, part, re.I) for part in inside.parts):
                 raise SystemExit(f'--data_path {root} holds {inside}/, too: give the folder of the '
-                                 'training images')
+                                 'training images, or call it train')
     else:
         dataset = models.load_cifar(args, train=True, transform=transform)
         root = f'{args.data_set} in {args.data_path}'
@@ -342,7 +342,6 @@ def request_stop(number, frame):
     if number == signal.SIGINT and stop_signal.is_set():
         raise KeyboardInterrupt
     stop_signal.set()
-    os.write(2, b'stopping after this update; a second Ctrl-C ends at once\n')
 
 
 def stop_requested(args):

@@ -67,7 +67,7 @@ def parse_name(name, mae=False):
     """`vit_small_patch16`, or with `mae` `mae_vit_small_patch16_dec256d4b` -> Size."""
     pattern = r'vit_([a-z]+)_patch([1-9]\d*)'
     if mae:
-        pattern = 'mae_' + pattern + r'(?:_dec(\d+)d(\d+)b)?'
+        pattern = 'mae_' + pattern + r'(?:_dec([1-9]\d*)d([1-9]\d*)b)?'
     match = re.fullmatch(pattern, name)
     if not match or match[1] not in SIZES:
         form = 'mae_vit_SIZE_patchP[_decWIDTHdBLOCKSb]' if mae else 'vit_SIZE_patchP'
@@ -75,8 +75,6 @@ def parse_name(name, mae=False):
     size = SIZES[match[1]]._replace(patch=int(match[2]))
     if mae and match[3]:
         size = size._replace(decoder_dim=int(match[3]), decoder_depth=int(match[4]))
-        if size.decoder_dim % 32:
-            raise SystemExit(f'{name}: the width of the decoder must be a multiple of 32')
     return size
 
 
@@ -146,7 +144,9 @@ class MaskedAutoencoder(nn.Module):
         super().__init__()
         dim, decoder_dim = size.dim, size.decoder_dim
         # the authors' code: 192 -> 8 and 64 -> 4 heads; MAE and every other width: width / 32
-        decoder_heads = {192: 8, 64: 4}.get(decoder_dim, decoder_dim // 32)
+        decoder_heads = {192: 8, 64: 4}.get(decoder_dim, max(1, decoder_dim // 32))
+        if decoder_dim % 4 or decoder_dim % decoder_heads:
+            raise SystemExit(f'decoder width {decoder_dim}: give a multiple of 32')
         block = partial(
             Block, mlp_ratio=4.0, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
         self.patch_embed = PatchEmbed(img_size, size.patch, 3, dim)
@@ -477,7 +477,7 @@ def fit_positions(model, state_dict, path, flags):
 def unfinished(checkpoint):
     """Words for a checkpoint that a run of stage 1 or classification wrote before its last epoch."""
     epochs = own_args(checkpoint).get('epochs', 0)
-    if epochs and checkpoint['epoch'] + 1 < epochs:
+    if epochs and checkpoint.get('epoch', epochs) + 1 < epochs:
         return [f'after {checkpoint["epoch"] + 1} of {epochs} epochs']
     return []
 
@@ -514,7 +514,7 @@ def load_teacher(model, path):
 def check_classes(theirs, ours, path):
     """Ends the run if a checkpoint's class names are not those of the data, in the same order."""
     if theirs is not None and list(theirs) != list(ours):
-        differ = [f'{a} and {b}' for a, b in zip_longest(theirs, ours) if a != b]
+        differ = [f'{a} and {b}' for a, b in zip_longest(theirs, ours, fillvalue='none') if a != b]
         raise SystemExit(f'{path}: trained on {len(theirs)} classes, the data has {len(ours)}; first '
                          f'difference: {differ[0]}')
 
@@ -600,6 +600,10 @@ def find_checkpoint(args):
     return None, None
 
 
+# what differs in any resume
+RUN_ARGS = ('rank', 'world_size', 'distributed', 'resume', 'config', 'output_dir')
+
+
 def resume(args, classes=None, fixed=(), **parts):
     """Loads --resume strictly into the parts; returns (epoch to go on with, samples of it done).
 
@@ -636,7 +640,7 @@ def resume(args, classes=None, fixed=(), **parts):
         part.load_state_dict(checkpoint[name] or part.state_dict())
     epoch, samples, changed = checkpoint['epoch'], checkpoint['samples'], []
     for name, value in checkpoint['args'].items():
-        if getattr(args, name, value) != value and name not in ('rank', 'resume', 'output_dir'):
+        if getattr(args, name, value) != value and name not in RUN_ARGS:
             changed.append(f'--{name} was {value}')
     print(f'resumed {path}: {epoch + 1} {parts["meter"].unit}s and {samples} samples are done',
           *changed, sep='; ')
@@ -661,7 +665,7 @@ class Meter:
         self.grad_norm, self.seconds, self.step_done = torch.zeros(()), 0.0, None
 
     def log_every(self, loader, epoch, start):
-        """Yields (step, batch) from `start` on; prints the first update and each --print_freq-th."""
+        """Yields (step, batch) from `start` on; prints after the first update and --print_freq steps."""
         if start == 0:
             self.sums, self.steps = 0.0, 0
         steps, waited, gaps = len(loader), 0.0, []
@@ -718,8 +722,8 @@ class Meter:
             values['grad_norm'] = self.grad_norm.item()
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
-            raise SystemExit(f'not finite: {", ".join(bad)}. Nothing is saved, an older checkpoint '
-                             'stays; lower the learning rate')
+            raise SystemExit(f'not finite: {", ".join(bad)}. Nothing is saved, any older '
+                             'checkpoint stays; lower the learning rate')
         self.rows, self.sums, self.steps = [], self.sums + sums, self.steps + count
         self.tick()
         return sums / count
@@ -901,8 +905,8 @@ class SeededSampler(torch.utils.data.Sampler):
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-if sys.platform == 'linux':  # Python 3.14 by itself would copy the data set into each worker
-    multiprocessing.set_start_method('fork', force=True)
+if sys.platform == 'linux' and multiprocessing.get_start_method(allow_none=True) is None:
+    multiprocessing.set_start_method('fork')  # Python 3.14 would copy the data set into each worker
 
 
 def start_worker(_):

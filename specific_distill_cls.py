@@ -443,7 +443,6 @@ def request_stop(number, frame):
     if number == signal.SIGINT and stop_signal.is_set():
         raise KeyboardInterrupt
     stop_signal.set()
-    os.write(2, b'stopping after this update; a second Ctrl-C ends at once\n')
 
 
 def stop_requested(args):

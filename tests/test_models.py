@@ -77,7 +77,7 @@ def test_an_unknown_name_is_refused(name):
         models.create_mae(name)
     with pytest.raises(SystemExit, match='unknown model name .mae_'):
         models.create_vit('mae_vit_base_patch16', 10)
-    with pytest.raises(SystemExit, match='dec100d2b: .*multiple of 32'):
+    with pytest.raises(SystemExit, match='width 100: .*multiple of 32'):
         models.create_mae('mae_vit_pico_patch8_dec100d2b')
 
 

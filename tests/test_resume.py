@@ -216,8 +216,9 @@ def test_a_flag_changed_on_resume_is_used_and_named(data, whole, tmp_path, capsy
     train(GENERIC, data, tmp_path, FLAGS[GENERIC], '--resume', whole[GENERIC] / 'checkpoint.pth',
           '--epochs 3 --lr 2e-3 --weight_decay 0.3 --amp fp16')
     changed = re.search('^resumed .* samples are done; (.*)', capsys.readouterr().out, re.M)[1]
-    assert {name: float(value) for name, value in re.findall(r'--(\w+) was ([\d.]+)', changed)} == {
-        'epochs': 2, 'lr': checkpoint_of(whole[GENERIC])['args']['lr'], 'weight_decay': 0.05, 'save_every': 1}
+    before = checkpoint_of(whole[GENERIC])['args']
+    assert sorted(changed.split('; ')) == [
+        f'--{name} was {before[name]}' for name in ('amp', 'epochs', 'lr', 'save_every', 'weight_decay')]
     assert checkpoint_of(tmp_path)['scaler'] and not checkpoint_of(whole[GENERIC])['scaler']
     groups = checkpoint_of(tmp_path)['optimizer']['param_groups']
     assert {group['weight_decay'] for group in groups} == {0.0, 0.3}
@@ -257,7 +258,7 @@ def test_a_real_signal_stops_a_process_with_status_0_and_its_workers_go_with_it(
             break
     os.killpg(process.pid, signal.SIGTERM)
     printed, errors = process.communicate(timeout=100)
-    assert process.returncode == 0 and errors.startswith('stopping after') and printed.splitlines()[-1] == STOPPED
+    assert process.returncode == 0 and errors == '' and printed.splitlines()[-1] == STOPPED
     with pytest.raises(ProcessLookupError):  # nothing is left of the group
         os.killpg(process.pid, 0)
     assert len(log_of(tmp_path)) < len(log_of(long_run))
