@@ -66,7 +66,7 @@ def get_args_parser():
     group.add_argument('--mask_ratio', type=float, default=0.75,
                        help='share of hidden patches (Table 5)')
     group.add_argument('--norm_pix_loss', action=argparse.BooleanOptionalAction, default=True,
-                       help='normalise true patches; if its file tells, as the teacher does')
+                       help='normalise true patches; a teacher that this script trained decides')
 
     group = parser.add_argument_group('model')
     group.add_argument('--model', default='mae_vit_small_patch16_dec256d4b', help='network to train')
