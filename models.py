@@ -607,7 +607,8 @@ RUN_ARGS = ('rank', 'world_size', 'distributed', 'resume', 'config', 'output_dir
 def resume(args, classes=None, fixed=(), **parts):
     """Loads --resume strictly into the parts; returns (epoch to go on with, samples of it done).
 
-    Prints which flags have changed. fixed: flags that must be as they were. parts: as in `save_checkpoint`.
+    Prints which flags have changed. fixed: flags that must be as they were. parts: as in
+    `save_checkpoint`.
     """
     path, checkpoint = find_checkpoint(args)
     if args.distributed:
