@@ -66,7 +66,7 @@ def get_args_parser():
     group.add_argument('--mask_ratio', type=float, default=0.75,
                        help='share of hidden patches (Table 5)')
     group.add_argument('--norm_pix_loss', action=argparse.BooleanOptionalAction, default=True,
-                       help='normalise true patches; a teacher that this script trained decides')
+                       help='normalise true patches; a teacher trained by this script overrides it')
 
     group = parser.add_argument_group('model')
     group.add_argument('--model', default='mae_vit_small_patch16_dec256d4b', help='network to train')
@@ -146,7 +146,7 @@ def build_data(args, num_patches):
             dataset = FlatFolder(root, transform, loader=models.read_rgb)
         except FileNotFoundError as error:
             raise SystemExit(f'--data_path {root} holds no image') from error
-        other = 'annotations'  # labels that are images; in a folder called train classes of any name
+        other = 'annotations'  # label images; unless the folder is called train, also held-out images
         if not re.fullmatch(r'train(ing)?([\d_-]*\d)?', root.name, re.I):
             other += r'|(val(id(ation)?)?|test(ing)?)([\d_-].*)?'
         for folder in sorted({os.path.dirname(path) for path, _ in dataset.samples}):
@@ -412,7 +412,7 @@ def main(args):
         if flags.get('target') == 'feature':
             raise SystemExit(f'{args.teacher_path} is a student of stage 1, which predicts features: '
                              'its teacher is an MAE (--target pixel)')
-        # a teacher of ours knows which pixels it predicts
+        # true pixels in the form that the teacher was trained to predict
         args.norm_pix_loss = flags.get('norm_pix_loss', args.norm_pix_loss)
         args.teacher_model = args.teacher_model or flags.get('model', 'mae_vit_base_patch16')
         if args.teacher_model.startswith('vit_'):

@@ -475,7 +475,7 @@ def fit_positions(model, state_dict, path, flags):
 
 
 def unfinished(checkpoint):
-    """Words for a checkpoint that a run of stage 1 or classification wrote before its last epoch."""
+    """['after 2 of 4 epochs'] if stage 1 or classification saved it before its end, else []."""
     epochs = own_args(checkpoint).get('epochs', 0)
     if epochs and checkpoint.get('epoch', epochs) + 1 < epochs:
         return [f'after {checkpoint["epoch"] + 1} of {epochs} epochs']
@@ -600,7 +600,7 @@ def find_checkpoint(args):
     return None, None
 
 
-# what differs in any resume
+# args that are no recipe: `resume` does not report their changes
 RUN_ARGS = ('rank', 'world_size', 'distributed', 'resume', 'config', 'output_dir')
 
 
@@ -653,7 +653,7 @@ def resume(args, classes=None, fixed=(), **parts):
 
 
 def record_event():
-    """A CUDA event with a time, at this place of the GPU's work."""
+    """Records and returns a CUDA event that knows its time."""
     return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
 
 
@@ -675,7 +675,7 @@ class Meter:
         for step, batch in enumerate(loader if start < steps else (), start):
             if self.step_done is None:
                 waited += time.time() - self.clock
-            else:  # a GPU has waited since it was done with the step before, if it is
+            else:  # the host runs ahead of a GPU: what counts is the GPU's own idle time
                 gaps.append((self.step_done, record_event()))
             yield step, batch
             done = step + 1
@@ -907,7 +907,7 @@ class SeededSampler(torch.utils.data.Sampler):
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 if sys.platform == 'linux' and multiprocessing.get_start_method(allow_none=True) is None:
-    multiprocessing.set_start_method('fork')  # Python 3.14 would copy the data set into each worker
+    multiprocessing.set_start_method('fork')  # Python 3.14 has another; start_worker needs this one
 
 
 def start_worker(_):

@@ -333,7 +333,7 @@ def train_one_epoch(model, teacher, loader, optimizer, scheduler, scaler, mixup,
 
 
 @torch.no_grad()
-@torch.compiler.set_stance('force_eager')  # with --compile: not again for evaluation
+@torch.compiler.set_stance('force_eager')  # --compile is for training alone
 def evaluate(model, loader, device, args):
     """Top-1 and top-5 accuracy in percent over all processes, each image counted once."""
     model.eval()

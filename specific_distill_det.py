@@ -930,7 +930,7 @@ def average_precision(coco, results):
 
 
 @torch.no_grad()
-@torch.compiler.set_stance('force_eager')  # with --compile: not again for evaluation
+@torch.compiler.set_stance('force_eager')  # --compile is for training alone
 def evaluate(model, loader, coco, device, args):
     """AP of boxes and masks in percent, in original pixels, over all processes; in float32.
 

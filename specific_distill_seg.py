@@ -578,7 +578,7 @@ def segmentation_scores(confusion, classes):
 
 
 @torch.no_grad()
-@torch.compiler.set_stance('force_eager')  # with --compile: not again for evaluation
+@torch.compiler.set_stance('force_eager')  # --compile is for training alone
 def evaluate(model, loader, classes, device, args):
     """Scores over the images of all processes, at their original sizes, in float32."""
     model.eval()

@@ -706,13 +706,16 @@ FOLDERS = {
     'names that begin like val and test': ('valley testament', '', '4 images of {},'),
     'a split': (ADE20K, 'images/training', '2 images of {}/images/training,'),
     'a class of training': ('train/test_tube train/b', 'train', '4 images of {}/train,'),
-    'COCO': ('train2017 val2017', '', 'holds val2017/, too: give'),
+    'COCO': ('train2017 val2017 annotations', '', 'holds annotations/, too: give'),
+    'COCO without annotations': ('train2017 val2017', '', 'holds val2017/, too: give'),
     'ADE20K': (ADE20K, '', 'holds annotations/training/, too: give'),
     'images of ADE20K': (ADE20K, 'images', 'holds validation/, too: give'),
     'splits below others': ('a/train/ant a/val/ant', '', 'holds a/val/ant/, too: give'),
     'a set whose name begins like train': ('train_set/train2017 train_set/val2017', 'train_set', 'holds val2017/, too'),
     'labels in train': ('train/images train/annotations', '', 'holds annotations/, too: give'),
     'other names': ('Training/ant Testing/ant', '', 'holds Testing/ant/, too: give'),
+    'splits below images': ('images/train images/val', '', 'holds images/val/, too: give'),
+    'test alone': ('birds test', '', 'holds test/, too: give the folder of the training images'),
     'images and labels': ('images Annotations', '', 'holds Annotations/, too: give .*, or call it train$'),
 }
 
